@@ -1,0 +1,167 @@
+"""The only shapes of data past `formats.py`: what an example is, what tokens are, what a batch is.
+
+Frozen dataclasses; tensors only from `Batch` on. Everything remembers its row, so that any failure can name it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a row came from. `line` is the line of the file for line formats, else the 1-based row (`unit` says which)."""
+
+    file: str
+    line: int
+    unit: str = "line"
+
+    def __str__(self) -> str:
+        return f"{self.file}, {self.unit} {self.line}"
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn. `weight` 0 keeps the turn in the context and out of the loss; `thinking` is the reasoning before the content."""
+
+    role: str
+    content: str
+    weight: float = 1.0
+    thinking: str | None = None
+    tool_calls: tuple[dict[str, Any], ...] = ()
+    tool_call_id: str | None = None
+    name: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The message as chat templates expect it."""
+        out: dict[str, Any] = {"role": self.role, "content": self.content}
+        if self.thinking is not None:
+            out["reasoning_content"] = self.thinking
+        if self.tool_calls:
+            out["tool_calls"] = [dict(call) for call in self.tool_calls]
+        if self.tool_call_id is not None:
+            out["tool_call_id"] = self.tool_call_id
+        if self.name is not None:
+            out["name"] = self.name
+        return out
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A conversation; `tools` are JSON-schema function descriptions in transformers' format."""
+
+    messages: tuple[Message, ...]
+    origin: Origin
+    tools: tuple[dict[str, Any], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """A prompt with a preferred and a dispreferred continuation."""
+
+    prompt: tuple[Message, ...]
+    chosen: tuple[Message, ...]
+    rejected: tuple[Message, ...]
+    origin: Origin
+    tools: tuple[dict[str, Any], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """A prompt with one continuation and a verdict on it (unpaired preference data, KTO)."""
+
+    prompt: tuple[Message, ...]
+    completion: tuple[Message, ...]
+    label: bool
+    origin: Origin
+    tools: tuple[dict[str, Any], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Plain text, trained on as a whole."""
+
+    text: str
+    origin: Origin
+
+
+Example = Chat | Preference | Labelled | Text
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something the checks saw. `severity`: "error" (the row cannot be trained on), "warning" (it can, but look), "info"."""
+
+    kind: str
+    severity: str
+    message: str
+    origin: Origin | None = None
+    fix: str = ""
+
+    def __str__(self) -> str:
+        where = f"{self.origin}: " if self.origin else ""
+        return f"{where}{self.message}" + (f" ({self.fix})" if self.fix else "")
+
+
+@dataclass(frozen=True)
+class Counts:
+    """rows in = examples out + rows dropped, each with its reason."""
+
+    rows_in: int
+    examples_out: int
+    dropped: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.rows_in != self.examples_out + sum(self.dropped.values()):
+            raise AssertionError(f"counts do not add up: {self.rows_in} in, {self.examples_out} out, dropped {self.dropped}")
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"rows_in": self.rows_in, "examples_out": self.examples_out, "dropped": dict(self.dropped)}
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """A rendered example. `mask[i]` says whether token i is a target (is trained). `spans` name stretches of tokens:
+    (start, end, role), end exclusive, in order and without overlap; together they cover all ids."""
+
+    ids: tuple[int, ...]
+    mask: tuple[bool, ...]
+    spans: tuple[tuple[int, int, str], ...]
+    origin: Origin
+
+    @property
+    def trained(self) -> int:
+        """How many tokens are targets. The first token never is: nothing predicts it."""
+        return sum(self.mask[1:])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows laid one after the other in one flat stream, without padding.
+
+    input_ids, position_ids: [T] int64. Positions restart at 0 with every row.
+    segments: [rows + 1] int64, row r is input_ids[segments[r]:segments[r+1]]; attention never crosses a border.
+    loss_at: [N] int64, positions in the stream whose *next* token is a target (hidden state there predicts `targets`).
+    targets: [N] int64, the tokens to predict, input_ids[loss_at + 1].
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    segments: torch.Tensor
+    loss_at: torch.Tensor
+    targets: torch.Tensor
+    origins: tuple[Origin, ...] = ()
+
+    def to(self, device: Any) -> Batch:
+        return Batch(
+            self.input_ids.to(device),
+            self.position_ids.to(device),
+            self.segments,
+            self.loss_at.to(device),
+            self.targets.to(device),
+            self.origins,
+        )
