@@ -1,90 +1,124 @@
-"""The recipe: one pydantic tree, TOML in and out, and where each value came from (default, recipe, flag, --set)."""
+"""The recipe: one pydantic tree of everything a run can be told, with the range and the meaning of every key.
+
+Not here: reading and writing TOML and where a value came from (`recipe_io.py`), other tools' names (`recipe_names.py`).
+"""
 
 from __future__ import annotations
 
-import tomllib
-from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from tunelet.errors import TuneletError, did_you_mean
+# A list of strings that may also be written as one string: `train = "my.jsonl"`.
+Strings = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+    # strict: a quoted "8" is a mistake to report, not a number; inf and nan are never a setting.
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, strict=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):
-    path: str = Field("starter", description="starter, a folder, a hub id or a run; for pretrain: '' starts from random weights")
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="compute dtype; auto: bfloat16 where the hardware multiplies it")
+    path: str = Field(
+        "starter", description="starter, a folder, a hub id or a run; for pretrain: '' starts from random weights"
+    )
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(
+        "auto", description="auto: the first of cuda, mps, cpu that is there"
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="compute dtype; auto: bfloat16 where the hardware multiplies it"
+    )
     threads: int = Field(0, ge=0, description="CPU threads; 0: all physical cores this process may use")
-    trust_remote_code: bool = False
+    trust_remote_code: bool = Field(
+        False, description="run Python code that comes with the model; only for makers you trust"
+    )
     chat_template: str = Field("", description="file with a Jinja chat template; '': the tokenizer's own")
-    architecture: dict[str, Any] = Field(default_factory=dict, description="pretrain from random weights: a transformers config (model_type, ...)")
+    architecture: dict[str, Any] = Field(
+        default_factory=dict, description="pretrain from random weights: a transformers config (model_type, ...)"
+    )
 
 
 class TokenizerSection(Section):
     """Training of a byte-level BPE tokenizer, for pretrain from random weights."""
 
-    vocab_size: int = Field(3072, ge=300)
+    vocab_size: int = Field(3072, ge=300, description="entries of the vocabulary, special tokens included")
     train_rows: int = Field(20000, ge=1, description="rows of text the tokenizer is trained on")
 
 
 class DataSection(Section):
-    train: list[str] = Field(default_factory=lambda: ["starter"], description="starter, files, folders or hub ids")
-    eval: list[str] = Field(default_factory=list, description="held-out sources; empty: eval_fraction of the training rows")
-    eval_fraction: float = Field(0.05, ge=0, lt=1)
+    train: Strings = Field(default_factory=lambda: ["starter"], description="starter, files, folders or hub ids")
+    eval: Strings = Field(
+        default_factory=list, description="held-out sources; empty: eval_fraction of the training rows"
+    )
+    eval_fraction: float = Field(
+        0.05, ge=0, lt=1, description="share of the training rows held out where eval is empty"
+    )
     eval_rows: int = Field(200, ge=0, description="at most this many held-out rows are scored")
     limit: int = Field(0, ge=0, description="use at most this many training rows; 0: all")
     format: str = Field("auto", description="auto, or a format's name from `tunelet data convert --help`")
-    columns: dict[str, str] = Field(default_factory=dict, description="role of a column, e.g. {prompt = 'Q', completion = 'A'}")
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="which column has which role, e.g. {prompt = 'Q', completion = 'A'}"
+    )
     system: str = Field("", description="system message put before conversations that have none")
-    bad_rows: Literal["stop", "drop"] = Field("stop", description="stop: list every bad row and train nothing; drop: go on without them")
-    max_length: int = Field(1024, ge=8, description="tokens; longer rows are cut on the right, and dropped where no trained token is left")
+    bad_rows: Literal["stop", "drop"] = Field(
+        "stop", description="stop: list every bad row and train nothing; drop: go on without them"
+    )
+    max_length: int = Field(
+        1024, ge=8, description="tokens; longer rows are cut on the right, and dropped where no trained token is left"
+    )
 
 
 class TrainSection(Section):
     batch_size: int = Field(8, ge=1, description="rows in one forward and backward")
     gradient_accumulation: int = Field(1, ge=1, description="forwards and backwards in one optimizer step")
     max_steps: int = Field(0, ge=0, description="optimizer steps; 0: as many as epochs needs")
-    epochs: float = Field(1.0, gt=0)
+    epochs: float = Field(1.0, gt=0, description="passes over the training rows, where max_steps is 0")
     learning_rate: float = Field(0.0, ge=0, description="peak; 0: the method's known-good default")
-    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
+        "cosine", description="how the learning rate falls; wsd: warm-up, stable, decay in the last fifth"
+    )
     warmup: float = Field(0.05, ge=0, description="< 1: share of the steps; >= 1: steps")
-    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="learning rate at the end, as a share of the peak (cosine, linear, wsd)")
-    weight_decay: float = Field(0.0, ge=0)
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
-    max_grad_norm: float = Field(1.0, ge=0, description="0: no clipping")
-    seed: int = 0
-    log_steps: int = Field(10, ge=1)
-    eval_steps: int = Field(0, ge=0, description="0: at the start and at the end only")
-    save_steps: int = Field(0, ge=0, description="0: at the end only (and on Ctrl-C)")
-    keep_checkpoints: int = Field(2, ge=1)
-    early_stopping: int = Field(0, ge=0, description="stop after this many evaluations without a better held-out loss; 0: never")
+    min_lr_ratio: float = Field(
+        0.1, ge=0, le=1, description="learning rate at the end, as a share of the peak (cosine, linear, wsd)"
+    )
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay, on matrices")
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the mean of gradients")
+    beta2: float = Field(0.95, ge=0, lt=1, description="AdamW's decay of the mean of squared gradients")
+    max_grad_norm: float = Field(1.0, ge=0, description="gradients are scaled down to this norm; 0: no clipping")
+    seed: int = Field(0, ge=0, description="data order, initial weights, dropout and sampling follow from it")
+    log_steps: int = Field(10, ge=1, description="steps between lines of log.jsonl")
+    eval_steps: int = Field(
+        0, ge=0, description="steps between held-out evaluations; 0: at the start and at the end only"
+    )
+    save_steps: int = Field(0, ge=0, description="steps between checkpoints; 0: at the end only (and on Ctrl-C)")
+    keep_checkpoints: int = Field(2, ge=1, description="how many of the newest checkpoints stay on disk")
+    early_stopping: int = Field(
+        0, ge=0, description="stop after this many evaluations without a better held-out loss; 0: never"
+    )
 
 
 class AdapterSection(Section):
-    kind: Literal["none", "lora"] = "none"
-    rank: int = Field(16, ge=1)
-    alpha: float = Field(32.0, gt=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
-    target_modules: list[str] = Field(default_factory=list, description="empty: every linear layer of the body")
+    kind: Literal["none", "lora"] = Field("none", description="none: every weight is trained; lora: a small adapter is")
+    rank: int = Field(16, ge=1, description="rank of the adapter's matrices")
+    alpha: float = Field(32.0, gt=0, description="the adapter's output is scaled by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="share of the adapter's inputs dropped in training")
+    target_modules: Strings = Field(default_factory=list, description="empty: every linear layer of the body")
 
 
 class EvalSection(Section):
     items: int = Field(500, ge=1, description="starter: held-out items per language for executed match")
-    max_new_tokens: int = Field(128, ge=1)
-    batch_size: int = Field(128, ge=1)
-    prompts: list[str] = Field(default_factory=list, description="fixed prompts answered before and after; empty: drawn from the held-out rows")
+    max_new_tokens: int = Field(128, ge=1, description="longest answer, in tokens")
+    batch_size: int = Field(128, ge=1, description="prompts answered at the same time")
+    prompts: Strings = Field(
+        default_factory=list, description="fixed prompts answered before and after; empty: drawn from the held-out rows"
+    )
 
 
 class Recipe(Section):
-    name: str = "run"
-    method: Literal["pretrain", "sft"] = "sft"
+    name: str = Field("run", description="what the report calls the run")
+    method: Literal["pretrain", "sft"] = Field(
+        "sft", description="pretrain: plain text, every token trained; sft: conversations, the answers trained"
+    )
     model: ModelSection = Field(default_factory=ModelSection)
     tokenizer: TokenizerSection = Field(default_factory=TokenizerSection)
     data: DataSection = Field(default_factory=DataSection)
