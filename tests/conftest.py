@@ -1,4 +1,4 @@
-"""Fixtures every test may use: shared corpora, a tiny tokenizer, a tiny Llama; and the rule that no test reaches the network.
+"""Fixtures every test may use: shared corpora, a tiny tokenizer, a tiny Llama; and no test reaches the network.
 
 Not for helpers of one test file: those stay in that file.
 """
@@ -38,7 +38,7 @@ TEXTS = [
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """No test reaches the network; unix sockets (multiprocessing, asyncio) stay open. A server's test asks for `loopback`."""
+    """No test reaches the network; unix sockets (asyncio) stay open. A server's test asks for `loopback`."""
     if item.get_closest_marker("enable_socket") or "socket_enabled" in getattr(item, "fixturenames", ()):
         return
     if "loopback" in getattr(item, "fixturenames", ()):
