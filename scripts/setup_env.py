@@ -1,11 +1,12 @@
-"""Make .venv and install tunelet in it: what `make install`, `make demo` and `make test` run first. Standard library only.
+"""Make .venv and install tunelet in it: what `make install`, `make demo` and `make test` run first. Only stdlib.
 
 Not for a machine with its own environment (there: `pip install -e .`), and never a change to a torch that is installed.
 
     python scripts/setup_env.py [--venv .venv] [--extra dev] [--extra parity]
 
-On Linux without an NVIDIA GPU torch's CPU build is taken: from PyTorch's CPU index, or, where that can't be reached, from
-whatever pip is configured with (PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL, pip.conf). CUDA packages are several GB and of no use there.
+On Linux without an NVIDIA GPU torch's CPU build is taken: from PyTorch's CPU index, or, where that can't be reached,
+from whatever pip is configured with (PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL, pip.conf). CUDA packages are several GB and of
+no use there.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ def make_venv(venv: Path) -> Path:
     if made.returncode:
         raise SetupError(
             f"the environment {venv} could not be made: {(made.stderr or made.stdout).strip().splitlines()[-1:]}\n"
-            f"fix: on Debian and Ubuntu: sudo apt install python{sys.version_info.major}.{sys.version_info.minor}-venv; "
+            f"fix: on Debian and Ubuntu: sudo apt install python3.{sys.version_info.minor}-venv; "
             "or name another Python: make install PYTHON=/path/to/python3.11"
         )
     return python
@@ -113,7 +114,8 @@ def installed(python: Path) -> dict[str, str]:
     """{normalised name: version} of what the environment holds."""
     code = (
         "import importlib.metadata as m, json;"
-        "print(json.dumps({(d.metadata['Name'] or '').lower().replace('_', '-'): d.version for d in m.distributions()}))"
+        "names = {(d.metadata['Name'] or '').lower().replace('_', '-'): d.version for d in m.distributions()};"
+        "print(json.dumps(names))"
     )
     told = run([python, "-c", code], capture_output=True)
     if told.returncode:
@@ -199,7 +201,7 @@ def main() -> int:
         "--extra", action="append", default=[], help="an optional group of pyproject.toml: dev, hub, parity"
     )
     args = options.parse_args()
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036 - an older Python gets a message, not a traceback
         print(
             f"tunelet needs Python 3.11 or newer, this is {platform.python_version()} ({sys.executable})",
             file=sys.stderr,

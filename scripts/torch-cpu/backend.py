@@ -1,4 +1,4 @@
-"""Lets `pip install -r requirements.txt` take torch's CPU build on Linux without an NVIDIA GPU. A PEP 517 build backend.
+"""A PEP 517 backend: `pip install -r requirements.txt` takes torch's CPU build on Linux without an NVIDIA GPU.
 
 Why not `--extra-index-url` in requirements.txt: pip asks such an index for every package, and where it can't be reached
 retries each for seconds to minutes. This asks once, through scripts/setup_env.py. Elsewhere it requires nothing.
