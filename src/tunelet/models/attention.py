@@ -1,0 +1,258 @@
+"""Attention over rows laid one after the other without padding, registered with transformers under the name "tunelet".
+
+Not for generation with a key-value cache (calls without a plan fall through to transformers' SDPA) and not a model: any architecture of
+transformers that reads the attention interface gets it. Evidence for the choices: `docs/notebook.md` (training speed on a CPU).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+NAME = "tunelet"
+# Up to this length a batched GEMM with a stored bf16 probability matrix beats the CPU flash kernel; beyond it memory and time turn.
+GEMM_MAX_LENGTH = 640
+# Queries are cut in blocks, so that keys that lie wholly in the future are not multiplied at all.
+QUERY_BLOCK = 128
+# A row joins a group when at least this share of its padded length is real.
+FILL = 0.8
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows of similar length: `rows` x `length` positions of the layout."""
+
+    rows: int
+    length: int
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """How the flat stream of T tokens is laid out for attention, made once per batch and read by every layer.
+
+    gather: [P] int64, position of the layout -> token of the stream (padding repeats a token of its row); None: the layout *is* the stream.
+    scatter: [T] int64, token of the stream -> its position in the layout; None with `gather`.
+    """
+
+    groups: tuple[Group, ...]
+    gather: torch.Tensor | None
+    scatter: torch.Tensor | None
+
+
+def plan(segments: torch.Tensor | Sequence[int], device: Any = None) -> AttentionPlan:
+    """Group the rows of a stream by similar length. `segments`: [rows + 1] borders, as in `Batch.segments`."""
+    borders = segments.tolist() if isinstance(segments, torch.Tensor) else list(segments)
+    lengths = [b - a for a, b in zip(borders[:-1], borders[1:], strict=True)]
+    if not lengths or min(lengths) <= 0:
+        raise ValueError(f"segments must rise strictly, got {borders}")
+    if len(set(lengths)) == 1:
+        return AttentionPlan((Group(len(lengths), lengths[0]),), None, None)
+    by_length = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    members: list[list[int]] = []
+    for row in by_length:
+        longest = lengths[members[-1][0]] if members else 0
+        if members and (lengths[row] >= FILL * longest or longest - lengths[row] <= 16):
+            members[-1].append(row)
+        else:
+            members.append([row])
+    gather: list[torch.Tensor] = []
+    scatter = torch.empty(borders[-1], dtype=torch.int64)
+    groups, offset = [], 0
+    for rows in members:
+        length = lengths[rows[0]]
+        groups.append(Group(len(rows), length))
+        for row in rows:
+            tokens = torch.arange(borders[row], borders[row + 1])
+            scatter[tokens] = torch.arange(offset, offset + len(tokens))
+            # Padding stands on the right, where causality hides it from every real query.
+            gather.append(F.pad(tokens, (0, length - len(tokens)), value=borders[row]))
+            offset += length
+    return AttentionPlan(tuple(groups), torch.cat(gather).to(device), scatter.to(device))
+
+
+class _Lay(torch.autograd.Function):
+    """Stream -> layout or back: out[i] = x[index[i]]. The backward is a gather too, because each token has exactly one real place."""
+
+    @staticmethod
+    def forward(ctx, x, index, back, to_layout):
+        ctx.save_for_backward(index, back)
+        ctx.to_layout, ctx.size = to_layout, x.shape[0]
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, grad):
+        index, back = ctx.saved_tensors
+        if ctx.to_layout:
+            return grad.index_select(0, back), None, None, None
+        out = grad.new_zeros(ctx.size, *grad.shape[1:])  # padding gets no gradient
+        return out.index_copy_(0, index, grad.contiguous()), None, None, None
+
+
+def _block_mask(start: int, stop: int, first_key: int, window: int | None, dtype: torch.dtype, device: Any) -> torch.Tensor:
+    """[stop - start, stop - first_key] additive mask of queries start..stop-1 over keys first_key..stop-1."""
+    queries = torch.arange(start, stop, device=device)[:, None]
+    keys = torch.arange(first_key, stop, device=device)[None]
+    hidden = keys > queries
+    if window:
+        hidden = hidden | (keys <= queries - window)
+    return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
+
+
+def _blocks(length: int, window: int | None) -> list[tuple[int, int, int]]:
+    """(first query, end of queries, first key) of each block."""
+    count = max(1, round(length / QUERY_BLOCK))
+    edges = [length * i // count for i in range(count + 1)]
+    return [(a, b, max(0, a - window + 1) if window else 0) for a, b in zip(edges[:-1], edges[1:], strict=True) if b > a]
+
+
+class _GemmAttention(torch.autograd.Function):
+    """Causal attention by batched GEMM and softmax. q: [b, L, H, D]; k, v: [b, L, KV, D]; returns [b, L, H, D].
+
+    The query heads that share a key-value head are stacked along the query axis: K and V are never repeated.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, scale, window):
+        b, length, heads, dim = q.shape
+        kv = k.shape[2]
+        g = heads // kv
+        # [b*KV, L, G, D]: the queries of one position lie together, so that a block of queries is one slice.
+        qs = (q * scale).view(b, length, kv, g, dim).permute(0, 2, 1, 3, 4).reshape(b * kv, length, g, dim)
+        ks = k.permute(0, 2, 1, 3).reshape(b * kv, length, dim)
+        vs = v.permute(0, 2, 1, 3).reshape(b * kv, length, dim)
+        out = torch.empty_like(qs)
+        saved = []
+        for start, stop, first in _blocks(length, window):
+            n, m = stop - start, stop - first
+            scores = torch.bmm(qs[:, start:stop].reshape(b * kv, n * g, dim), ks[:, first:stop].transpose(1, 2))
+            tail = scores.view(b * kv, n, g, m)
+            if window:
+                tail += _block_mask(start, stop, first, window, q.dtype, q.device)[:, None]
+            else:  # keys before the block are seen by all its queries
+                tail[..., start - first :] += _block_mask(start, stop, start, None, q.dtype, q.device)[:, None]
+            p = torch.softmax(scores, -1)
+            out[:, start:stop] = torch.bmm(p, vs[:, first:stop]).view(b * kv, n, g, dim)
+            saved.append(p)
+        ctx.save_for_backward(qs, ks, vs, *saved)
+        ctx.scale, ctx.window, ctx.shape = scale, window, (b, length, heads, dim, kv, g)
+        return out.view(b, kv, length, g, dim).permute(0, 2, 1, 3, 4).reshape(b, length, heads, dim)
+
+    @staticmethod
+    def backward(ctx, grad):
+        qs, ks, vs, *saved = ctx.saved_tensors
+        b, length, heads, dim, kv, g = ctx.shape
+        grad = grad.reshape(b, length, kv, g, dim).permute(0, 2, 1, 3, 4).reshape(b * kv, length, g, dim)
+        dq = torch.empty_like(qs)
+        blocks = _blocks(length, ctx.window)
+        dk, dv = (torch.zeros_like(ks), torch.zeros_like(vs)) if len(blocks) > 1 else (None, None)
+        for (start, stop, first), p in zip(blocks, saved, strict=True):
+            n = stop - start
+            go = grad[:, start:stop].reshape(b * kv, n * g, dim)
+            dp = torch.bmm(go, vs[:, first:stop].transpose(1, 2))
+            ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
+            dq[:, start:stop] = torch.bmm(ds, ks[:, first:stop]).view(b * kv, n, g, dim)
+            dk_part = torch.bmm(ds.transpose(1, 2), qs[:, start:stop].reshape(b * kv, n * g, dim))
+            dv_part = torch.bmm(p.transpose(1, 2), go)
+            if dk is None:
+                dk, dv = dk_part, dv_part
+            else:
+                dk[:, first:stop] += dk_part
+                dv[:, first:stop] += dv_part
+        dq = (dq * ctx.scale).view(b, kv, length, g, dim).permute(0, 2, 1, 3, 4).reshape(b, length, heads, dim)
+        dk, dv = (x.view(b, kv, length, dim).transpose(1, 2) for x in (dk, dv))
+        return dq, dk, dv, None, None
+
+
+def _plain(q, k, v, scale, window, softcap, dropout):
+    """The same by ordinary differentiable operations, for what the fast paths leave out: capped scores and attention dropout."""
+    b, length, heads, dim = q.shape
+    kv = k.shape[2]
+    qs = q.view(b, length, kv, heads // kv, dim).permute(0, 2, 3, 1, 4)
+    ks, vs = (x.permute(0, 2, 1, 3).unsqueeze(2) for x in (k, v))
+    scores = (qs @ ks.transpose(-1, -2)).float() * scale
+    if softcap:
+        scores = torch.tanh(scores / softcap) * softcap
+    p = torch.softmax(scores + _block_mask(0, length, 0, window, torch.float32, q.device), -1).to(q.dtype)
+    p = F.dropout(p, dropout) if dropout else p
+    return (p @ vs).permute(0, 3, 1, 2, 4).reshape(b, length, heads, dim)
+
+
+def _sdpa(q, k, v, scale, window):
+    length = q.shape[1]
+    mask = None
+    if window and window < length:
+        mask = _block_mask(0, length, 0, window, q.dtype, q.device)
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, is_causal=mask is None, scale=scale,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )  # fmt: skip
+    return out.transpose(1, 2)
+
+
+def _rows(q, k, v, scale, window, softcap, dropout):
+    """Causal attention within each of b rows of equal length. q: [b, L, H, D]; k, v: [b, L, KV, D]."""
+    length = q.shape[1]
+    if window and window >= length:
+        window = None
+    if softcap or dropout:
+        return _plain(q, k, v, scale, window, softcap, dropout)
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and length <= GEMM_MAX_LENGTH:
+        return _GemmAttention.apply(q, k, v, scale, window)
+    return _sdpa(q, k, v, scale, window)
+
+
+def flat_attention(q, k, v, plan: AttentionPlan, *, scale, window=None, softcap=None, dropout=0.0):
+    """q: [T, H, D]; k, v: [T, KV, D]; returns [T, H, D]. Attention is causal and never crosses a border of the plan."""
+    if plan.gather is not None:
+        q, k, v = (_Lay.apply(x.contiguous(), plan.gather, plan.scatter, True) for x in (q, k, v))
+    sizes = [group.rows * group.length for group in plan.groups]
+    outs = []
+    for group, *parts in zip(plan.groups, q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
+        rows = (x.reshape(group.rows, group.length, *x.shape[1:]) for x in parts)
+        outs.append(_rows(*rows, scale, window, softcap, dropout).flatten(0, 1))
+    out = outs[0] if len(outs) == 1 else torch.cat(outs)
+    return out if plan.scatter is None else _Lay.apply(out, plan.scatter, plan.gather, False)
+
+
+def _attention(
+    module, query, key, value, attention_mask, scaling=None, dropout=0.0, segments=None, sliding_window=None, softcap=None, **kw
+):
+    """transformers' attention interface: query [1, H, T, D] -> ([1, T, H, D], None)."""
+    if segments is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        if softcap:
+            raise ValueError("attention without a plan cannot cap scores: load the model with attn_implementation='eager'")
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, sliding_window=sliding_window, **kw
+        )
+    if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
+        raise ValueError(f"a plan goes with one flat stream and no cache, got queries {tuple(query.shape)}, keys {tuple(key.shape)}")
+    out = flat_attention(
+        query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), segments,
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling, window=sliding_window, softcap=softcap, dropout=dropout,
+    )  # fmt: skip
+    return out[None], None
+
+
+def _mask(*args, batch_size=None, q_length=None, kv_length=None, attention_mask=None, **kw):
+    """No mask for one flat stream: the plan says who sees whom. Everything else is transformers' own SDPA mask."""
+    if batch_size == 1 and attention_mask is None and q_length == kv_length and q_length > 1:
+        return None
+    from transformers.masking_utils import sdpa_mask
+
+    return sdpa_mask(*args, batch_size=batch_size, q_length=q_length, kv_length=kv_length, attention_mask=attention_mask, **kw)
+
+
+def register() -> str:
+    """Make "tunelet" known to transformers as an attention implementation, and return the name."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, _mask)
+    return NAME
