@@ -63,7 +63,7 @@ def detect(row: Mapping[str, Any], want: Want = "chat") -> str:
     if text and asked:
         raise Bad(
             "ambiguous_columns",
-            f"the row has '{asked}' and '{text}' but no answer's column: whether '{text}' is the answer cannot be known",
+            f"the row has '{asked}' and '{text}' but no answer's column: '{text}' may be the answer or not",
             f'columns = {{prompt = "{asked}", completion = "{text}"}}',
         )
     if asked:

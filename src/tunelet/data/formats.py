@@ -186,7 +186,7 @@ FORMATS: dict[str, Callable[[Mapping[str, Any], Origin, str, str], Example]] = {
 
 
 def _refuse_pairs(row: Mapping[str, Any], name: str) -> None:
-    """Raises Bad for a row with two answers, or a verdict, where a chat is wanted; the fix names the row's own columns."""
+    """Raises Bad for a row with two answers or a verdict where a chat is wanted; the fix names the row's columns."""
     good, asked = first(row, (*pairs.CHOSEN, "response_j")), first(row, pairs.PROMPTS)
     if name == "labelled":
         mapping = f'{{prompt = "{asked}", completion = "{first(row, pairs.ANSWERS)}"}}'

@@ -101,7 +101,7 @@ def tools_of(value: Any) -> tuple[dict[str, Any], ...]:
 
 
 def calls_of(value: Any, where: str) -> tuple[dict[str, Any], ...]:
-    """Tool calls in any common writing -> {"type": "function", "function": {"name", "arguments": object}} (and "id")."""
+    """Tool calls in any writing -> {"type": "function", "function": {"name", "arguments": object}} (and "id")."""
     value = loaded(value)
     if value in (None, "", [], {}):
         return ()

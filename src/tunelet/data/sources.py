@@ -50,7 +50,7 @@ class Rows:
 def read_rows(source: str, *, kind: str = "chat", seed: int = 0, split: str = "train", limit: int = 0) -> Rows:
     """All rows of `source` in order (the first `limit` of them where limit > 0).
 
-    `source` is "starter", an existing file or folder (never taken for a hub id), else a hub id `org/name[:config[:split]]`.
+    `source` is "starter", an existing file or folder (never a hub id), else a hub id `org/name[:config[:split]]`.
     `kind` and `split` say which of the starter's texts are meant ("chat", "text", "preference"; "train", "test").
     Raises TuneletError where the source as a whole cannot be read; a broken row is a finding, not an exception.
     """
@@ -178,7 +178,7 @@ def offline_asked() -> bool:
 
 
 def hub_reachable(seconds: float = PROBE_SECONDS) -> bool:
-    """Whether the hub (or the proxy to it) takes a connection within `seconds`: the libraries themselves retry for most of
+    """Whether the hub (or the proxy to it) takes a connection within `seconds`: the libraries retry for most of
     a minute before they say no. In a thread, since looking up a name has no time limit of its own."""
     target = os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy") or os.environ.get("HF_ENDPOINT", "")
     address = urlsplit(target if "//" in target else f"//{target}" if target else "//huggingface.co")
