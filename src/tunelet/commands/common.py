@@ -1,0 +1,182 @@
+"""What the verbs share: their common options, the console, figures as JSON, the default run folder.
+
+Not for work: a verb hands its arguments on and prints what comes back.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tunelet.errors import TuneletError, did_you_mean
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from tunelet.recipe import Recipe
+    from tunelet.recipe_io import Loaded
+
+METHODS = ("pretrain", "sft")
+
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Set a recipe key, above the recipe. Repeat for more."),
+]
+Json = Annotated[
+    str | None, typer.Option("--json", metavar="FILE", help="Write the figures as JSON; - for standard output.")
+]
+Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run's folder. Default: runs/NAME.")]
+Model = Annotated[
+    str | None, typer.Option("--model", metavar="M", help="starter, a folder, a hub id, or a run's folder.")
+]
+Data = Annotated[
+    list[str] | None,
+    typer.Option("--data", metavar="D", help="starter, a file, a folder or a hub id. Repeat for more."),
+]
+Adapter = Annotated[str | None, typer.Option("--adapter", metavar="KIND", help="none or lora.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32 or bfloat16.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
+Template = Annotated[
+    str | None,
+    typer.Option("--template", metavar="FILE", help="A Jinja chat template (or chatml) instead of the model's own."),
+]
+Columns = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--column", metavar="ROLE=COLUMN", help="Which column has which role, e.g. prompt=Q. Repeat for more."
+    ),
+]
+
+
+def open_console(json_to: str | None = None) -> Console:
+    """The console of a verb. With `--json -` people read on standard error, so that standard output is JSON alone."""
+    from rich.console import Console
+
+    check_json(json_to)
+    return Console(stderr=json_to == "-", soft_wrap=True, highlight=False)
+
+
+def check_json(json_to: str | None) -> None:
+    """Fail before the work where the figures could not be written after it."""
+    if json_to in (None, "-"):
+        return
+    file = Path(json_to)
+    folder = file.parent
+    if file.is_dir() or not folder.is_dir() or not os.access(file if file.exists() else folder, os.W_OK):
+        why = "it is a folder" if file.is_dir() else "its folder is missing, or can't be written"
+        raise TuneletError(f"--json {json_to}: can't write there", why=why, fix="name a file in a folder that exists")
+
+
+def write_json(figures: Mapping[str, Any] | Sequence[Any], json_to: str | None) -> None:
+    """Write the figures where `--json` says; nothing without it. NaN and infinities become null."""
+    if json_to is None:
+        return
+    from tunelet.runs.record import finite, write_atomically
+
+    text = json.dumps(finite(figures), ensure_ascii=False, indent=1, default=str) + "\n"
+    if json_to == "-":
+        sys.stdout.write(text)
+    else:
+        write_atomically(Path(json_to), text)
+
+
+def load_recipe(
+    file: str | None, sets: Sequence[str] | None, flags: Mapping[str, tuple[str, Any]] | None = None
+) -> Loaded:
+    from tunelet import recipe_io
+
+    given = {flag: pair for flag, pair in (flags or {}).items() if pair[1] not in (None, [])}
+    return recipe_io.load(file, sets=sets or [], flags=given)
+
+
+def flags_of(model: str | None, data: list[str] | None, adapter: str | None) -> dict[str, tuple[str, Any]]:
+    """The dedicated flags as `recipe_io.load` takes them."""
+    return {"--model": ("model.path", model), "--data": ("data.train", data), "--adapter": ("adapter.kind", adapter)}
+
+
+def choose_out(out: Path | None, recipe: Recipe, console: Console) -> Path:
+    """The run's folder: as given; else runs/NAME, or the next free runs/NAME-2, ... after finished runs.
+
+    An unfinished run of the same recipe is taken up again, so that the same command after a crash goes on.
+    """
+    from tunelet.runs import record
+
+    if out is None:
+        out = free_folder(recipe)
+    if record.is_run(out):
+        run = record.Run.open(out)
+        if run.status == "finished":
+            raise TuneletError(
+                f"{out}: holds a finished run",
+                why="a run is never written over",
+                fix=f"choose another --out, or look at it with: tunelet report {out}",
+            )
+        if not record.differences(run.recipe(), recipe):
+            console.print(f"[bold]Going on with the {run.status} run in {out}[/]")
+    else:
+        console.print(f"Run folder: {out}")
+    return out
+
+
+def free_folder(recipe: Recipe) -> Path:
+    from tunelet.runs import record
+
+    base = Path("runs") / (recipe.name if recipe.name != "run" else recipe.method)
+    for number in range(1, 10_000):
+        folder = base if number == 1 else base.with_name(f"{base.name}-{number}")
+        if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+            return folder
+        if record.is_run(folder):
+            run = record.Run.open(folder)
+            if run.status != "finished" and not record.differences(run.recipe(), recipe):
+                return folder
+    raise TuneletError(f"{base}: 10,000 folders of that name are taken", fix="choose one with --out")
+
+
+def column_map(pairs: Sequence[str] | None) -> dict[str, str]:
+    out = {}
+    for pair in pairs or []:
+        role, equals, column = pair.partition("=")
+        if not equals or not role.strip() or not column.strip():
+            raise TuneletError(
+                f"--column {pair}: is not of the form role=column", fix="write for example: --column prompt=Q"
+            )
+        out[role.strip()] = column.strip()
+    return out
+
+
+def choice_of(flag: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise TuneletError(
+            f"{flag} {value}: there is no such choice.{did_you_mean(value, choices)}",
+            fix=f"one of {', '.join(choices)}",
+        )
+
+
+def open_tokenizer(model: str, template: str | None = None) -> tuple[Any, Any]:
+    """(tokenizer, renderer) of a model, without its weights."""
+    from tunelet.data.render import Renderer, load_tokenizer
+    from tunelet.models import load
+
+    tokenizer = load_tokenizer(load.resolve(model), template or "")
+    return tokenizer, Renderer(tokenizer)
+
+
+def open_engine(model: str, *, device: str, dtype: str, trust: bool, template: str | None) -> Any:
+    """A TorchEngine for a model, a run or an adapter. The tokenizer first: its mistakes show without loading weights."""
+    choice_of("--device", device, ("auto", "cpu", "cuda", "mps"))
+    choice_of("--dtype", dtype, ("auto", "float32", "bfloat16"))
+    tokenizer, renderer = open_tokenizer(model, template)
+    from tunelet.infer.engine import TorchEngine
+    from tunelet.models import device as devices
+    from tunelet.models import load
+
+    choice = devices.choose(device, dtype)
+    return TorchEngine(load.load_model(model, choice, trust_remote_code=trust), tokenizer, renderer)

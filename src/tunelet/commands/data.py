@@ -1,0 +1,296 @@
+"""The verbs about data: convert, doctor, render, mask. Reading, judging and rendering are done in `data/`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tunelet.commands.common import (
+    Columns,
+    Json,
+    Template,
+    choice_of,
+    column_map,
+    open_console,
+    open_tokenizer,
+    write_json,
+)
+from tunelet.errors import TuneletError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from tunelet.data.examples import Example, Finding
+    from tunelet.data.formats import Loaded
+
+SHOWN = 50  # findings printed; --json has them all
+
+app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Convert, check and look at data: convert, doctor, render, mask."
+)
+
+Sources = Annotated[list[str], typer.Argument(metavar="SOURCE...", help="starter, files, folders or hub ids.")]
+Source = Annotated[str, typer.Argument(metavar="SOURCE", help="starter, a file, a folder or a hub id.")]
+Want = Annotated[str, typer.Option(help="What rows should become: chat, text, preference or labelled.")]
+Format = Annotated[str, typer.Option(help="auto detects the format of every row; a name insists on one.")]
+System = Annotated[str, typer.Option(help="System message for conversations without one.")]
+Limit = Annotated[int, typer.Option(min=0, help="Use the first so many rows; 0: all.")]
+ModelOf = Annotated[
+    str, typer.Option("--model", metavar="M", help="Whose tokenizer and template: starter, a folder, a hub id, a run.")
+]
+RowNumber = Annotated[int, typer.Option("--row", min=1, help="Which row: its line in the file, or its number.")]
+
+
+def _load(
+    sources: list[str], want: str, format: str, columns: list[str] | None, system: str = "", limit: int = 0
+) -> Loaded:
+    from tunelet.data import formats
+
+    choice_of("--want", want, ("chat", "text", "preference", "labelled"))
+    return formats.load(sources, want=want, format=format, columns=column_map(columns), system=system, limit=limit)
+
+
+@app.command()
+def convert(
+    sources: Sources,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The JSONL file to write.")],
+    want: Want = "chat",
+    format: Format = "auto",
+    columns: Columns = None,
+    system: System = "",
+    limit: Limit = 0,
+    json_to: Json = None,
+) -> None:
+    """Convert rows of any known format to one: rows in = examples out + rows dropped, each with its reason."""
+    console = open_console(json_to)
+    _free_file(out)
+    loaded = _load(sources, want, format, columns, system, limit)
+    counts = loaded.counts
+    _print_findings(loaded.findings, console)
+    if not loaded.examples:
+        reasons = ", ".join(f"{number} {reason}" for reason, number in counts.dropped.items()) or "there are no rows"
+        raise TuneletError(
+            f"{', '.join(sources)}: no row became an example",
+            why=f"{counts.rows_in} rows in, dropped: {reasons}",
+            fix="name the columns (--column prompt=Q --column completion=A), or the kind (--want text)",
+        )
+    _write_jsonl(out, map(example_row, loaded.examples))
+    detected = ", ".join(f"{name} {number}" for name, number in loaded.formats.items())
+    dropped = ", ".join(f"{reason} {number}" for reason, number in counts.dropped.items())
+    console.print(f"Wrote {out}: {counts.examples_out} of {counts.rows_in} rows ({detected})", markup=False)
+    if dropped:
+        console.print(f"Dropped {counts.rows_in - counts.examples_out}: {dropped}", markup=False)
+    figures = counts.as_dict() | {"formats": loaded.formats, "sha256": loaded.sha256, "out": str(out)}
+    write_json(figures | {"findings": [finding_row(finding) for finding in loaded.findings]}, json_to)
+
+
+@app.command()
+def doctor(
+    sources: Sources,
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="M", help="Also check with this model's tokenizer and template.")
+    ] = None,
+    template: Template = None,
+    max_length: Annotated[int, typer.Option(min=0, help="Tokens a row may have; 0: not checked.")] = 0,
+    want: Want = "chat",
+    format: Format = "auto",
+    columns: Columns = None,
+    system: System = "",
+    limit: Limit = 0,
+    fix: Annotated[Path | None, typer.Option("--fix", metavar="FILE", help="Write a mended JSONL file.")] = None,
+    json_to: Json = None,
+) -> None:
+    """Check rows before training: every finding with its row, how bad it is and what mends it.
+
+    Exit code 1 where errors were found and not mended.
+    """
+    console = open_console(json_to)
+    if fix is not None:
+        _free_file(fix)
+    from tunelet.data import doctor as checks
+
+    loaded = _load(sources, want, format, columns, system, limit)
+    renderer = None if model is None else open_tokenizer(model, template)[1]
+    findings = [*loaded.findings, *checks.check(loaded.examples, renderer, max_length)]
+    errors, warnings = (sum(f.severity == kind for f in findings) for kind in ("error", "warning"))
+    figures: dict[str, Any] = loaded.counts.as_dict() | {"errors": errors, "warnings": warnings}
+    figures["findings"] = [finding_row(finding) for finding in findings]
+    _print_findings(findings, console)
+    console.print(f"{loaded.counts.rows_in} rows, {errors} errors, {warnings} warnings")
+    if fix is not None:
+        mended, notes = checks.fix(loaded.examples, findings)
+        _write_jsonl(fix, map(example_row, mended))
+        _print_findings(notes, console)
+        console.print(f"Wrote {fix}: {len(mended)} rows", markup=False)
+        figures |= {"fixed": str(fix), "rows_out": len(mended), "mended": [finding_row(note) for note in notes]}
+    write_json(figures, json_to)
+    if errors and fix is None:
+        raise typer.Exit(1)
+
+
+@app.command()
+def render(
+    source: Source,
+    model: ModelOf = "starter",
+    row: RowNumber = 1,
+    template: Template = None,
+    prompt: Annotated[
+        bool, typer.Option("--prompt", help="Without the last answer, with the generation prompt.")
+    ] = False,
+    want: Want = "chat",
+    format: Format = "auto",
+    columns: Columns = None,
+    system: System = "",
+    json_to: Json = None,
+) -> None:
+    """One row as the model sees it: the text after the chat template, and its token ids."""
+    console = open_console(json_to)
+    example = _row(source, row, want, format, columns, system)
+    tokenizer, renderer = open_tokenizer(model, template)
+    if prompt:
+        messages = example.messages[:-1] if example.messages[-1].role == "assistant" else example.messages
+        ids, text = renderer.prompt(messages, example.tools), renderer.string(messages, example.tools, True)
+    else:
+        ids = list(_tokens(example, renderer).ids)
+        text = renderer.string(example.messages, example.tools) if hasattr(example, "messages") else example.text
+    pieces = [tokenizer.decode([token]) for token in ids]
+    if json_to != "-":
+        console.print(f"{example.origin}: {len(ids)} tokens\n", style="bold", markup=False)
+        console.print(text, markup=False)
+        console.print(
+            " ".join(f"{token}:{piece!r}" for token, piece in zip(ids, pieces, strict=True)), style="dim", markup=False
+        )
+    write_json({"row": str(example.origin), "text": text, "ids": [int(i) for i in ids], "tokens": pieces}, json_to)
+
+
+@app.command()
+def mask(
+    source: Source,
+    model: ModelOf = "starter",
+    row: RowNumber = 1,
+    template: Template = None,
+    want: Want = "chat",
+    format: Format = "auto",
+    columns: Columns = None,
+    system: System = "",
+    json_to: Json = None,
+) -> None:
+    """One row in colour: which tokens are trained (green, underlined) and which are only read."""
+    console = open_console(json_to)
+    example = _row(source, row, want, format, columns, system)
+    tokenizer, renderer = open_tokenizer(model, template)
+    tokens = _tokens(example, renderer)
+    runs = _runs(tokens, tokenizer)
+    if json_to != "-":
+        from rich.text import Text
+
+        text = Text()
+        for trained, piece in runs:
+            text.append(piece, style="bold green underline" if trained else "dim")
+        console.print(
+            f"{example.origin}: {tokens.trained} of {len(tokens.ids)} tokens are trained\n", style="bold", markup=False
+        )
+        console.print(text)
+        if not console.is_terminal:  # colours do not reach a file or a pipe
+            console.print("\n" + "".join(f"[[{piece}]]" if trained else piece for trained, piece in runs), markup=False)
+    figures = {"row": str(example.origin), "tokens": len(tokens.ids), "trained": tokens.trained}
+    figures |= {
+        "ids": [int(i) for i in tokens.ids],
+        "mask": [bool(m) for m in tokens.mask],
+        "spans": list(tokens.spans),
+    }
+    write_json(figures | {"text": [{"trained": trained, "text": piece} for trained, piece in runs]}, json_to)
+
+
+# --- helpers -----------------------------------------------------------------------------------------------------
+
+
+def _row(source: str, row: int, want: str, format: str, columns: list[str] | None, system: str) -> Any:
+    choice_of("--want", want, ("chat", "text"))
+    loaded = _load([source], want, format, columns, system, limit=0 if source != "starter" else row)
+    for example in loaded.examples:
+        if example.origin.line == row:
+            return example
+    for finding in loaded.findings:
+        if finding.origin is not None and finding.origin.line == row:
+            raise TuneletError(f"{finding.origin}: {finding.message}", fix=finding.fix or "choose another --row")
+    raise TuneletError(
+        f"{source}: there is no row {row}", why=f"it has {loaded.counts.rows_in}", fix="choose another --row"
+    )
+
+
+def _tokens(example: Any, renderer: Any) -> Any:
+    return renderer.chat(example) if hasattr(example, "messages") else renderer.text(example)
+
+
+def _runs(tokens: Any, tokenizer: Any) -> list[tuple[bool, str]]:
+    """Neighbouring tokens of one kind together, decoded as one text (a letter may be several tokens)."""
+    runs: list[tuple[bool, list[int]]] = []
+    for number, (token, trained) in enumerate(zip(tokens.ids, tokens.mask, strict=True)):
+        trained = bool(trained) and number > 0
+        if not runs or runs[-1][0] != trained:
+            runs.append((trained, []))
+        runs[-1][1].append(int(token))
+    return [(trained, tokenizer.decode(ids)) for trained, ids in runs]
+
+
+def example_row(example: Example) -> dict[str, Any]:
+    """An example as a row of JSONL, which `formats.load` reads back to an equal example."""
+    from tunelet.data.examples import Chat, Labelled, Message, Text
+
+    def turns(messages: Iterable[Message]) -> list[dict[str, Any]]:
+        return [m.as_dict() | ({} if m.weight == 1 else {"weight": m.weight}) for m in messages]
+
+    if isinstance(example, Text):
+        return {"text": example.text}
+    tools = {"tools": list(example.tools)} if example.tools else {}
+    if isinstance(example, Chat):
+        return {"messages": turns(example.messages)} | tools
+    if isinstance(example, Labelled):
+        return {
+            "prompt": turns(example.prompt),
+            "completion": turns(example.completion),
+            "label": example.label,
+        } | tools
+    return {k: turns(getattr(example, k)) for k in ("prompt", "chosen", "rejected")} | tools
+
+
+def finding_row(finding: Finding) -> dict[str, Any]:
+    origin = finding.origin
+    return {
+        "kind": finding.kind,
+        "severity": finding.severity,
+        "message": finding.message,
+        "file": origin.file if origin else None,
+        "row": origin.line if origin else None,
+        "unit": origin.unit if origin else None,
+        "fix": finding.fix,
+    }
+
+
+def _print_findings(findings: list[Finding], console: Console) -> None:
+    styles = {"error": "red", "warning": "yellow", "info": "dim"}
+    for finding in findings[:SHOWN]:
+        console.print(f"{finding.severity}: {finding}", style=styles.get(finding.severity, ""), markup=False)
+    if len(findings) > SHOWN:
+        console.print(f"... and {len(findings) - SHOWN} more; all of them: --json FILE", style="dim")
+
+
+def _free_file(file: Path) -> None:
+    if file.exists():
+        raise TuneletError(
+            f"{file}: is there already", why="it is not written over", fix="choose another file, or delete it"
+        )
+    if not file.parent.is_dir():
+        raise TuneletError(f"{file}: there is no folder {file.parent}", fix="make it, or choose another file")
+
+
+def _write_jsonl(file: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """All rows or no file: a half-written one could be taken for the whole."""
+    from tunelet.runs.record import write_atomically
+
+    write_atomically(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
