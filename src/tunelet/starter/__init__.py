@@ -1,6 +1,6 @@
-"""The starter: a smart home in English and Korean, small enough to align in minutes, with effects that can be executed.
+"""The starter: a smart home in English and Korean, small enough to align in minutes, with effects one can execute.
 
-`rows` makes any amount of its text, conversations, preference pairs and evaluation items; `BASE` is the shipped base model.
+`rows` makes any amount of its text, conversations, preference pairs and evaluation items; `BASE` is the shipped model.
 The world and the phrasings are data (`grammar/*.toml`): change them and you have your own domain.
 """
 
@@ -10,9 +10,12 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tunelet.errors import TuneletError, did_you_mean
+
+if TYPE_CHECKING:
+    from tunelet.starter.grading import Verdict
 
 BASE = Path(__file__).parent / "base"
 
@@ -26,14 +29,17 @@ def rows(
 
     kind: "text" {"text"}, "chat" {"messages"}, "preference" {"prompt", "chosen", "rejected", "kind"},
         "choice" {"question", "choices", "answer"}, "eval" {"messages", "language", "type", "expected"}.
-    split: "train", or "test" (compositions and phrasings that occur nowhere in "train"; text exists for training only, and its
-        "test" split is other pages of the same kind).
-    n: rows; for "eval" the number of *commands in each language* (other types come beside them). None: a default by kind.
+    split: "train", or "test" (compositions and phrasings that occur nowhere in "train"; text exists for training only,
+        its "test" split is other pages of the same kind).
+    n: rows; for "eval" the number of *commands in each language* (other types come beside them). None: by kind.
     """
     from tunelet.starter import chat, text
 
     if kind not in _DEFAULT:
-        raise TuneletError(f"the starter has no rows of kind '{kind}'", fix=f"one of {', '.join(_DEFAULT)}.{did_you_mean(kind, _DEFAULT)}")
+        raise TuneletError(
+            f"the starter has no rows of kind '{kind}'",
+            fix=f"one of {', '.join(_DEFAULT)}.{did_you_mean(kind, _DEFAULT)}",
+        )
     if split not in ("train", "test"):
         raise TuneletError(f"the starter has no split '{split}'", fix="use train or test")
     languages = ("en", "ko") if language == "both" else (language,)
@@ -51,8 +57,8 @@ def rows(
         yield from chat.evaluation(rng, split, languages, count)
 
 
-def grade(answer: str, item: dict[str, Any]) -> Any:
-    """See `tunelet.starter.grade.grade`."""
-    from tunelet.starter.grade import grade as _grade
+def grade(answer: str, item: dict[str, Any]) -> Verdict:
+    """See `tunelet.starter.grading.grade`."""
+    from tunelet.starter import grading
 
-    return _grade(answer, item)
+    return grading.grade(answer, item)

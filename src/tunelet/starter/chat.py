@@ -1,6 +1,7 @@
 """Conversations of the starter world: rows for SFT, preference pairs, evaluation items, household multiple choice.
 
-Every row of the split "train" is made of training compositions in training phrasings, every row of "test" of held-out ones.
+Every row of the split "train" is made of training compositions in training phrasings, every row of "test" of held-out
+ones.
 """
 
 from __future__ import annotations
@@ -120,9 +121,11 @@ def chats(rng: Random, split: str, languages: tuple[str, ...]) -> Iterator[Item]
 
 
 def evaluation(rng: Random, split: str, languages: tuple[str, ...], n: int) -> Iterator[Item]:
-    """n commands for each language, and beside every 10 of them 3 unsupported requests, 1 state question, 1 of talk or format."""
+    """n commands for each language; beside every 10 of them 3 unsupported requests, 1 state question, 1 talk or format."""
     for language in languages:
-        plan = ["command"] * n + ["unsupported"] * (n * 3 // 10) + ["state"] * (n // 10) + ["format", "talk"] * (n // 20)
+        plan = (
+            ["command"] * n + ["unsupported"] * (n * 3 // 10) + ["state"] * (n // 10) + ["format", "talk"] * (n // 20)
+        )
         seen: set[str] = set()
         for kind in plan:
             for _ in range(100):
@@ -138,16 +141,20 @@ def nearly_right(command: Command, rng: Random, split: str) -> Command:
     wrong = []
     if command.time:
         hour = (int(command.time[:2]) + 12) % 24
-        wrong.append(Command(command.action, command.device, command.room, command.value, f"{hour:02d}{command.time[2:]}"))
+        wrong.append(
+            Command(command.action, command.device, command.room, command.value, f"{hour:02d}{command.time[2:]}")
+        )
     if isinstance(command.value, int) and (limits := unit(command.action)):
         shifted = command.value + 5 if command.value + 5 <= limits["high"] else max(limits["low"], command.value - 5)
         if shifted != command.value:
             wrong.append(Command(command.action, command.device, command.room, shifted, command.time, command.after))
     others = [c for c in in_split(split) if c[:2] == (command.action, command.device) and c[2] != command.room]
     if others:
-        wrong.append(Command(command.action, command.device, rng.choice(others)[2], command.value, command.time, command.after))
+        wrong.append(
+            Command(command.action, command.device, rng.choice(others)[2], command.value, command.time, command.after)
+        )
     opposite = _OPPOSITE.get(command.action)
-    if opposite:
+    if (opposite, command.device, command.room) in in_split(split):
         wrong.append(Command(opposite, command.device, command.room, None, command.time, command.after))
     return rng.choice(wrong) if wrong else Command(command.action, command.device, command.room, after=3)
 
@@ -160,7 +167,7 @@ _FAKE = {"en": "Done! I have taken care of it.", "ko": "네, 다 처리했어요
 
 
 def preferences(rng: Random, split: str, languages: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    """Pairs: right against nearly right, terse against rambling, a polite refusal against fake success, confirmed against invented."""
+    """Pairs: right or nearly right, terse or rambling, a polite refusal or fake success, confirmed or invented."""
     while True:
         language = rng.choice(languages)
         kind = rng.choice(["nearly", "rambling", "refusal", "invented"])
@@ -205,5 +212,11 @@ def choices(rng: Random, languages: tuple[str, ...]) -> Iterator[dict[str, Any]]
         right = options[0]
         rng.shuffle(options)
         thing = name("devices", device, language)
-        question = f"Which room has the {thing}?" if language == "en" else particles(f"{thing}[이] 있는 방은 어디인가요?")
-        yield {"question": question, "choices": [name("rooms", r, language) for r in options], "answer": options.index(right)}
+        question = (
+            f"Which room has the {thing}?" if language == "en" else particles(f"{thing}[이] 있는 방은 어디인가요?")
+        )
+        yield {
+            "question": question,
+            "choices": [name("rooms", r, language) for r in options],
+            "answer": options.index(right),
+        }

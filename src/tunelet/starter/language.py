@@ -1,7 +1,7 @@
 """How people ask: a command becomes a request in English or Korean, in a phrasing of the grammar files.
 
-A phrasing is a core (what is asked), a frame (how it is wrapped) and where the time stands. Phrasings of the split "test" use
-a core, a frame or both that no training data contains. Not here: what the right answer is (`simulator.py`).
+A phrasing is a core (what is asked), a frame (how it is wrapped) and where the time stands. Phrasings of the split
+"test" use a core, a frame or both that no training data contains. Not here: what the right answer is (`simulator.py`).
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ def sample_time(rng: Random) -> tuple[int, int]:
         return hour, 0
     if draw < 0.6:
         return hour, 30
-    return hour, rng.choice([15, 45]) if draw < 0.72 else (rng.randrange(5, 60, 5) if draw < 0.9 else rng.randrange(1, 60))
+    return hour, rng.choice([15, 45]) if draw < 0.72 else (
+        rng.randrange(5, 60, 5) if draw < 0.9 else rng.randrange(1, 60)
+    )
 
 
 def name(table: str, key: str, language: str, rng: Random | None = None) -> str:
@@ -77,7 +79,11 @@ def say_value(command: Command, language: str, rng: Random) -> str:
         }[wants["unit"]][0 if words or rng.random() < 0.6 else 1]
     number = f"{sino(value)} " if words else str(value)
     if wants["unit"] == "percent":
-        return rng.choice([f"{number}퍼센트", f"{number}프로"] if words else [f"{value}퍼센트", f"{value}퍼센트", f"{value}%", f"{value}프로"])
+        return rng.choice(
+            [f"{number}퍼센트", f"{number}프로"]
+            if words
+            else [f"{value}퍼센트", f"{value}퍼센트", f"{value}%", f"{value}프로"]
+        )
     if wants["unit"] == "degree":
         return f"{number}도"
     if wants["unit"] == "level":
@@ -143,7 +149,9 @@ def say(command: Command, language: str, rng: Random, split: str) -> str:
     grammar = load(language)
     sentences = grammar["sentence"].get(command.action)
     # A held-out phrasing has a held-out core, a held-out frame, or both.
-    core_test, frame_test = (False, False) if split == "train" else rng.choice([(True, False), (False, True), (True, True)])
+    core_test, frame_test = (
+        (False, False) if split == "train" else rng.choice([(True, False), (False, True), (True, True)])
+    )
     if sentences and not frame_test and rng.random() < 0.15:
         core = _choose(rng, sentences, core_test).format(**_slots(command, language, rng))
         core = _with_time(core, say_when(command, language, rng), language, rng)
@@ -162,7 +170,9 @@ def connect(core: str) -> str:
 def say_two(first: Command, second: Command, language: str, rng: Random, split: str) -> str:
     """Two commands in one request."""
     grammar = load(language)
-    core_test, join_test = (False, False) if split == "train" else rng.choice([(True, False), (False, True), (True, True)])
+    core_test, join_test = (
+        (False, False) if split == "train" else rng.choice([(True, False), (False, True), (True, True)])
+    )
     a, b = (clause(c, language, rng, test=core_test) for c in (first, second))
     if language == "ko":
         a = connect(a)

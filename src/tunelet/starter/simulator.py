@@ -1,6 +1,6 @@
 """The simulator: a home that runs commands. An answer is right when running it changes the home as the request wanted.
 
-Not here: what people say (`language.py`) and what counts as a refusal (`grade.py`).
+Not here: what people say (`language.py`) and what counts as a refusal (`grading.py`).
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ def command_from(data: Any) -> Command:
         raise CommandError(f"unknown field {sorted(unknown)[0]!r}")
     world = load("world")
     action, device, room = (data.get(k) for k in ("action", "device", "room"))
+    if not all(isinstance(part, str) for part in (action, device, room)):
+        raise CommandError("action, device and room are words")
     if device not in world["devices"]:
         raise CommandError(f"no device {device!r}")
     if room not in world["rooms"] or room not in world["devices"][device]["rooms"]:

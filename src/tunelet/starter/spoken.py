@@ -5,13 +5,31 @@ from __future__ import annotations
 import re
 from random import Random
 
-ONES = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen"
-).split()
-TENS = "_ _ twenty thirty forty fifty sixty seventy eighty ninety".split()
+ONES = [
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+    "nineteen",
+]
+TENS = ["_", "_", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 SINO = "영일이삼사오육칠팔구"
-NATIVE = "_ 한 두 세 네 다섯 여섯 일곱 여덟 아홉 열 열한 열두".split()
+NATIVE = ["_", "한", "두", "세", "네", "다섯", "여섯", "일곱", "여덟", "아홉", "열", "열한", "열두"]
 
 
 def english(n: int) -> str:
@@ -44,7 +62,15 @@ def _final_consonant(ch: str) -> tuple[bool, bool]:
     return _FINAL.get(ch, False), ch in "178"
 
 
-_PARTICLES = {"을": ("을", "를"), "이": ("이", "가"), "은": ("은", "는"), "과": ("과", "와"), "이면": ("이면", "면"), "이라고": ("이라고", "라고"), "이에요": ("이에요", "예요")}
+_PARTICLES = {
+    "을": ("을", "를"),
+    "이": ("이", "가"),
+    "은": ("은", "는"),
+    "과": ("과", "와"),
+    "이면": ("이면", "면"),
+    "이라고": ("이라고", "라고"),
+    "이에요": ("이에요", "예요"),
+}
 
 
 def particles(text: str) -> str:
@@ -83,7 +109,11 @@ def say_english(hour: int, minute: int, rng: Random) -> str:
     elif hour not in (0, 12):
         ways.append(f"{twelve}:{minute:02d} {part}")
         if minute == 30:
-            ways += [f"half past {english(twelve)} {part}", f"half past {twelve} {part}", f"{english(twelve)} thirty {part}"]
+            ways += [
+                f"half past {english(twelve)} {part}",
+                f"half past {twelve} {part}",
+                f"{english(twelve)} thirty {part}",
+            ]
         elif minute == 15:
             ways += [f"quarter past {english(twelve)} {part}", f"quarter past {twelve} {part}"]
     return rng.choice(ways)
@@ -106,9 +136,14 @@ def say_korean(hour: int, minute: int, rng: Random) -> str:
     elif hour >= 21:
         parts.append("밤")
     part = rng.choice(parts)
-    minutes = ["", ""] if minute == 0 else [f" {minute}분"] * 3 + ([" 반"] * 3 if minute == 30 else [f" {sino(minute)} 분"])
+    minutes = (
+        ["", ""] if minute == 0 else [f" {minute}분"] * 3 + ([" 반"] * 3 if minute == 30 else [f" {sino(minute)} 분"])
+    )
     spoken = rng.choice([f"{twelve}시"] * 4 + [f"{NATIVE[twelve]} 시"])
-    ways = [f"{part} {spoken}{rng.choice(minutes)}"] * 6 + [f"{hour}시{rng.choice(minutes)}" if hour > 12 else clock(hour, minute), clock(hour, minute)]
+    ways = [f"{part} {spoken}{rng.choice(minutes)}"] * 6 + [
+        f"{hour}시{rng.choice(minutes)}" if hour > 12 else clock(hour, minute),
+        clock(hour, minute),
+    ]
     if minute == 0 and hour in (0, 12):
         ways += ["정오" if hour == 12 else "자정"] * 4
     return rng.choice(ways)

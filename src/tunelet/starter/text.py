@@ -1,7 +1,7 @@
-"""Pages of text about the home, for first training: what was asked and what was recorded, refusals, clocks, logs, manuals, stories.
+"""Pages of text about the home, for first training: requests and records, refusals, clocks, logs, manuals, stories.
 
-The skill is in the prose, as skills are in web text; there is no chat template in it. Only training compositions and training
-phrasings occur, so that what is held out is new to the base model too.
+The skill is in the prose, as skills are in web text; there is no chat template in it. Only training compositions and
+training phrasings occur, so that what is held out is new to the base model too.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def pairs(rng: Random, language: str) -> str:
     alone = style.endswith("{json}")  # two commands stand on two lines, which only works at the end
     for _ in range(rng.randint(3, 7)):
         asked = request(rng, "train", language, two=0.15 if alone else 0.0)
-        lines.append(finish(_put(style, **people, request=asked.text, json="\x00")).replace("\x00", write(asked.commands)))
+        lines.append(
+            finish(_put(style, **people, request=asked.text, json="\x00")).replace("\x00", write(asked.commands))
+        )
     return _titled(rng, text["titles"], people, lines, rng.choice(["\n", "\n\n"]))
 
 
@@ -56,7 +58,9 @@ def refusals(rng: Random, language: str) -> str:
     for _ in range(rng.randint(3, 7)):
         if rng.random() < 0.35:  # among refusals stands what is not refused
             asked = request(rng, "train", language, two=0.0)
-            lines.append(finish(_put(style, **people, request=asked.text, answer="\x00")).replace("\x00", write(asked.commands)))
+            lines.append(
+                finish(_put(style, **people, request=asked.text, answer="\x00")).replace("\x00", write(asked.commands))
+            )
         else:
             case = unsupported(rng, "train", language)
             lines.append(finish(_put(style, **people, request=case.text, answer=case.answer)))
@@ -71,7 +75,9 @@ def clocks(rng: Random, language: str) -> str:
         spoken, digits = _spoken(rng, language)
         if spoken == digits:
             continue
-        lines.append(capital(finish(_put(template or rng.choice(text["lines"]), **people, spoken=spoken, clock=digits))))
+        lines.append(
+            capital(finish(_put(template or rng.choice(text["lines"]), **people, spoken=spoken, clock=digits)))
+        )
     return _titled(rng, text["titles"], people, lines, "\n")
 
 
@@ -89,9 +95,13 @@ def logs(rng: Random, language: str) -> str:
         lines.append(
             finish(
                 _put(
-                    template, **people, clock=clock(minutes // 60 % 24, minutes % 60), event=event,
-                    room=name("rooms", command.room, language, rng), device=name("devices", command.device, language, rng),
-                )  # fmt: skip
+                    template,
+                    **people,
+                    clock=clock(minutes // 60 % 24, minutes % 60),
+                    event=event,
+                    room=name("rooms", command.room, language, rng),
+                    device=name("devices", command.device, language, rng),
+                )
             )
         )
     return "\n".join(lines)
@@ -106,7 +116,9 @@ def manual(rng: Random, language: str) -> str:
         slots = {"device": name("devices", device, language, rng), "device_id": device}
         kind = rng.choice(["can", "cannot", "missing", "where", "where", "task"])
         if kind == "can":
-            joined = (" and " if language == "en" else " 수 있고 ").join([f"{v} it" if language == "en" else v for v in verbs])
+            joined = (" and " if language == "en" else " 수 있고 ").join(
+                [f"{v} it" if language == "en" else v for v in verbs]
+            )
             slots["verbs"] = joined
         elif kind == "cannot":
             others = [a for a in ("lock", "open", "close", "unlock") if a not in spec["actions"]]
@@ -142,14 +154,20 @@ def story(rng: Random, language: str) -> str:
     text, people = load(f"text_{language}"), _people(rng, language)
     lines = []
     for template in rng.sample(text["story"]["lines"], rng.randint(4, 8)):
-        action, device, room = rng.choice(in_split("train"))
+        _, device, room = rng.choice(in_split("train"))
         spoken, _ = _spoken(rng, language)
-        slots = {"room": name("rooms", room, language, rng), "device": name("devices", device, language, rng), "spoken": spoken}
+        slots = {
+            "room": name("rooms", room, language, rng),
+            "device": name("devices", device, language, rng),
+            "spoken": spoken,
+        }
         lines.append(capital(finish(_put(template, **people, **slots))))
         if rng.random() < 0.25:
             asked = request(rng, "train", language, two=0.0)
             style = rng.choice([s for s in text["pairs"]["styles"][:2]])
-            lines.append(finish(_put(style, **people, request=asked.text, json="\x00")).replace("\x00", write(asked.commands)))
+            lines.append(
+                finish(_put(style, **people, request=asked.text, json="\x00")).replace("\x00", write(asked.commands))
+            )
         elif rng.random() < 0.1:
             prompt, answer = rng.choice(load(language)["talk"]["pairs"])
             lines.append(f'"{prompt}" "{answer}"')

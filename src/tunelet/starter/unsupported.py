@@ -1,5 +1,5 @@
-"""Requests this home has to turn down, with the refusal that fits: a device or a room it does not have, an action a device
-cannot do, a task that is no business of a home. Splits by composition and by phrasing, as for supported requests.
+"""Requests this home has to turn down, with the refusal that fits: a device or room it does not have, an action a
+device cannot do, a task that is no business of a home. Splits by composition and by phrasing, as for supported requests.
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ def cases(split: str) -> dict[str, tuple[tuple[str, str, str, str], ...]]:
 def unsupported(rng: Random, split: str, language: str) -> Unsupported:
     grammar, world = load(language), load("world")
     reason = rng.choice(["no_device", "no_room", "no_action", "no_action", "no_task"])
-    core_test, frame_test = (False, False) if split == "train" else rng.choice([(True, False), (False, True), (True, True)])
+    core_test, frame_test = (
+        (False, False) if split == "train" else rng.choice([(True, False), (False, True), (True, True)])
+    )
     if reason == "no_task":
         # Tasks have one core each, so the held-out part of their phrasing is the frame.
         ask, task = rng.choice(grammar["tasks"]["pairs"])
@@ -73,11 +75,14 @@ def unsupported(rng: Random, split: str, language: str) -> Unsupported:
     else:
         device_name = name("devices", device, language, rng)
     room_name = world["missing_rooms"][room][language] if reason == "no_room" else name("rooms", room, language, rng)
-    slots = {"room": room_name, "device": device_name, "value": say_value(command, language, rng) if unit(action) else ""}
+    slots = {
+        "room": room_name,
+        "device": device_name,
+        "value": say_value(command, language, rng) if unit(action) else "",
+    }
     core = _choose(rng, grammar["imperative"][action], core_test).format(**slots)
     core = _with_time(core, say_when(command, language, rng), language, rng)
     text = frame(_choose(rng, grammar["frames"], frame_test), core)
     form = "no_setting" if reason == "no_action" and action.startswith("set_") else reason
     answer = grammar["answers"][form].format(device=device_name, room=room_name, verb=grammar["verbs"].get(action, ""))
     return Unsupported(text, particles(answer), language, reason)
-

@@ -1,6 +1,7 @@
 """The smart home as data: rooms, devices, what each can do, and which compositions are held out.
 
-Read from `grammar/world.toml`; change that file and everything made from it changes. Not here: how people talk (`language.py`).
+Read from `grammar/world.toml`; change that file and everything made from it changes. Not here: how people talk
+(`language.py`).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def load(name: str) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """What a request asks for. `time` is "HH:MM" on the 24-hour clock, `after` minutes from now; at most one of them is set."""
+    """What a request asks for. `time` is "HH:MM" on the 24-hour clock, `after` minutes from now; at most one is set."""
 
     action: str
     device: str
@@ -68,21 +69,14 @@ def held_out() -> frozenset[Composition]:
 
     Every action is still seen with every device, and every device in every room, so nothing is unknowable.
     """
-    rooms: dict[tuple[str, str], list[str]] = {}
-    for action, device, room in compositions():
-        rooms.setdefault((action, device), []).append(room)
     out: set[Composition] = set()
-    for (action, device), places in rooms.items():
-        for room in sorted(places, key=lambda r: _rank(action, device, r))[: max(1, len(places) // 4)]:
-            out.add((action, device, room))
-    # A device that would never be seen in some room keeps one action there.
     for device, d in load("world")["devices"].items():
-        for room in d["rooms"]:
-            mine = [(a, device, room) for a in d["actions"]]
-            if all(c in out for c in mine):
-                others = [c for c in out if c[:2] == mine[0][:2]]
-                if len(others) > 1:
-                    out.discard(mine[0])
+        left = {room: len(d["actions"]) for room in d["rooms"]}  # actions still to be seen with the device in this room
+        for action in d["actions"]:
+            ranked = sorted(d["rooms"], key=lambda room: _rank(action, device, room))  # noqa: B023 - sorted at once
+            for room in [r for r in ranked if left[r] > 1][: max(1, len(ranked) // 4)]:
+                out.add((action, device, room))
+                left[room] -= 1
     return frozenset(out)
 
 

@@ -1,4 +1,4 @@
-"""Is an answer right? Executed (it changes the home as the request wanted), exact (letter by letter), refused, well-formed.
+"""Is an answer right? Executed (it changes the home as the request wanted), exact (letter by letter), refused.
 
 `grade(answer, item)` takes an item of `rows("eval", ...)`. Not here: statistics over many items (`evals/starter.py`).
 """
