@@ -13,12 +13,19 @@ import pytest
 
 from tunelet.errors import TuneletError
 from tunelet.recipe import Recipe
-from tunelet.runs import record
+from tunelet.recipe_io import values
+from tunelet.runs import files
 from tunelet.runs.record import Run
 
 
 def make_recipe(**train) -> Recipe:
-    return Recipe.model_validate({"name": "t", "train": {"learning_rate": 1e-3, **train}, "data": {"columns": {"prompt": "Q # x"}, "system": 'a "b"\n# c'}})
+    return Recipe.model_validate(
+        {
+            "name": "t",
+            "train": {"learning_rate": 1e-3, **train},
+            "data": {"columns": {"prompt": "Q # x"}, "system": 'a "b"\n# c'},
+        }
+    )
 
 
 ORIGINS = {"train.learning_rate": "recipe my.toml", "data.system": "--set"}
@@ -32,7 +39,7 @@ def test_create_writes_readable_files_and_opens_again(tmp_path):
     assert origins["train.learning_rate"] == "recipe my.toml"
     assert origins["data.system"] == "--set"
     assert origins["name"] == "default" and origins["train.seed"] == "default"
-    assert set(origins) == set(record.flat(make_recipe()))
+    assert set(origins) == set(values(make_recipe()))
     asked = tomllib.loads((run.folder / "recipe.toml").read_text())
     assert asked["train"] == {"learning_rate": 1e-3}
     assert Recipe.model_validate(asked) == make_recipe()
@@ -122,7 +129,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     def full(_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(record.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(TuneletError, match="Cannot write") as caught:
         run.write_json("eval/before.json", {"a": 2})
     assert "disk is full" in caught.value.why and str(caught.value).splitlines()[-1].startswith("fix:")
@@ -156,7 +163,9 @@ def test_a_folder_gets_its_name_when_it_is_whole(tmp_path):
         with run.folder_in_the_making("model") as folder:
             (folder / "deep").mkdir()
             (folder / "deep" / "w").write_text(text)
-            assert not (run.folder / "model" / "deep" / "w").exists() or (run.folder / "model/deep/w").read_text() == "one"
+            assert (
+                not (run.folder / "model" / "deep" / "w").exists() or (run.folder / "model/deep/w").read_text() == "one"
+            )
     assert run.model_folder() == run.folder / "model"
     assert (run.folder / "model/deep/w").read_text() == "two" and not list(run.folder.glob(".tmp*"))
 
@@ -167,7 +176,11 @@ def test_plan_and_end(tmp_path):
     run.actual({"seconds": 11.0, "peak_mb": 101.0})
     run.actual({"energy_wh": 0.2})
     plan = run.read_json("plan.json")
-    assert plan["predicted"]["seconds"] == 10.0 and plan["actual"] == {"seconds": 11.0, "peak_mb": 101.0, "energy_wh": 0.2}
+    assert plan["predicted"]["seconds"] == 10.0 and plan["actual"] == {
+        "seconds": 11.0,
+        "peak_mb": 101.0,
+        "energy_wh": 0.2,
+    }
     assert "reason" not in plan
     with pytest.raises(ValueError, match="minutes"):
         run.plan({"minutes": 1})

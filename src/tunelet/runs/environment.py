@@ -1,4 +1,5 @@
-"""What a run ran on: versions, processor, cores, memory, platform, for env.json. Nothing private: no names, paths or variables.
+"""What a run ran on: versions, processor, cores, memory, platform, for env.json. Nothing private: no names, paths or
+variables.
 
 Not for choosing a device (models/device.py). Reads package versions from their metadata, so that torch is not imported.
 """
@@ -12,11 +13,24 @@ import platform
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("tunelet", "torch", "transformers", "tokenizers", "safetensors", "peft", "numpy", "pydantic", "datasets", "pyarrow")
+PACKAGES = (
+    "tunelet",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "peft",
+    "numpy",
+    "pydantic",
+    "datasets",
+    "pyarrow",
+)
 
 
 def environment(choice: Any = None) -> dict[str, Any]:
-    """The environment as plain JSON values. `choice`: the device choice (dataclass with device, dtype, threads, reasons), if made."""
+    """The environment as plain JSON values. `choice`: the device choice (dataclass with device, dtype, threads,
+    reasons), if made.
+    """
     out: dict[str, Any] = {
         "python": platform.python_version(),
         "packages": {name: version for name in PACKAGES if (version := _version(name))},

@@ -1,8 +1,10 @@
 """The run directory: create, open, and write its files so that a kill, a full disk or a crash never leaves half a file.
 
-Not for training (train/) and not for reading a run as a page (report.py). Imports only the recipe and the errors, never torch.
+Not for training (train/) and not for reading a run as a page (report.py). Imports only the recipe and the errors,
+never torch.
 Layout (readable without tunelet):
-    recipe.toml (what was asked for)  resolved.toml (every value and its origin)  env.json  data.json  plan.json  log.jsonl
+    recipe.toml (what was asked for)  resolved.toml (every value and its origin)  env.json  data.json  plan.json
+    log.jsonl
     checkpoints/  model/ or adapter/  eval/*.json[l]  masks.html  energy.json  report.html  DONE or FAILED.json
 """
 
@@ -10,9 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import errno
 import json
-import math
 import os
 import shutil
 import tomllib
@@ -21,22 +21,25 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import tomli_w
 from pydantic import ValidationError
 
 from tunelet.errors import TuneletError
 from tunelet.recipe import Recipe
+from tunelet.recipe_io import values
+from tunelet.recipe_text import inline, resolved
 from tunelet.runs.environment import environment
+from tunelet.runs.files import TEMPORARY, disk, finite, sync, write_atomically
 
 RESOLVED = "resolved.toml"  # written first: a folder that holds it is a run
 LOG = "log.jsonl"
-TEMPORARY = ".tmp-"  # prefix of files and folders in the making; left behind only by a kill, and swept on the next opening
 PLAN_KEYS = ("seconds", "peak_mb", "disk_mb", "energy_wh")
 MODEL_FOLDERS = ("model", "adapter")
 
 
 class Run:
-    """A run folder. Every write is atomic (temporary file, fsync, rename) but `log`, which appends one whole line and flushes it."""
+    """A run folder. Every write is atomic (temporary file, fsync, rename) but `log`, which appends one whole line
+    and flushes it.
+    """
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
@@ -58,7 +61,7 @@ class Run:
         with disk(out):
             out.mkdir(parents=True, exist_ok=True)
         run._sweep()
-        run.write_text(RESOLVED, resolved_toml(recipe, origins or {}))
+        run.write_text(RESOLVED, resolved(recipe, origins or {}))
         run._write_start(recipe, origins or {})
         return run
 
@@ -68,12 +71,19 @@ class Run:
         folder = Path(folder)
         if not is_run(folder):
             what = "there is no such folder" if not folder.exists() else f"it holds no {RESOLVED}"
-            raise TuneletError(f"{folder} is not a run.", why=what, fix="Give the folder that `tunelet train` or `tunelet align` wrote (--out).")
+            raise TuneletError(
+                f"{folder} is not a run.",
+                why=what,
+                fix="Give the folder that `tunelet train` or `tunelet align` wrote (--out).",
+            )
         return cls(folder)
 
     @classmethod
-    def open_or_create(cls, out: Path | str, recipe: Recipe, origins: Mapping[str, str] | None = None) -> tuple[Run, bool]:
-        """(run, was it there). A run of the same recipe is opened, finished or not (see `status`); one of another recipe is an error.
+    def open_or_create(
+        cls, out: Path | str, recipe: Recipe, origins: Mapping[str, str] | None = None
+    ) -> tuple[Run, bool]:
+        """(run, was it there). A run of the same recipe is opened, finished or not (see `status`); one of another
+        recipe is an error.
 
         This is what makes "the same command again after a crash goes on".
         """
@@ -82,7 +92,9 @@ class Run:
         run = cls.open(out)
         changed = differences(run.recipe(), recipe)
         if changed:
-            listed = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, old, new in changed[:6]) + (" ..." if len(changed) > 6 else "")
+            listed = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, old, new in changed[:6]) + (
+                " ..." if len(changed) > 6 else ""
+            )
             raise TuneletError(
                 f"{out} holds a {run.status} run of another recipe.",
                 why=f"these settings differ: {listed}",
@@ -102,8 +114,11 @@ class Run:
 
     def _sweep(self) -> None:
         """Remove what a kill left half-made."""
-        for path in self.folder.glob(f"**/{TEMPORARY}*"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in list(self.folder.rglob(f"{TEMPORARY}*")):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
     # -- what it holds ------------------------------------------------------------------------------------------------
 
@@ -120,7 +135,11 @@ class Run:
         try:
             return Recipe.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError, ValidationError) as error:
-            raise TuneletError(f"{path} cannot be read.", why=str(error), fix="It was changed after the run wrote it; restore it or start a new run.") from error
+            raise TuneletError(
+                f"{path} cannot be read.",
+                why=str(error),
+                fix="It was changed after the run wrote it; restore it or start a new run.",
+            ) from error
 
     def origins(self) -> dict[str, str]:
         """Dotted key -> origin of its value, out of resolved.toml's comments."""
@@ -144,7 +163,11 @@ class Run:
         try:
             return json.loads(path.read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise TuneletError(f"{path} is not valid JSON.", why=str(error), fix="It was changed after the run wrote it; delete it and run the same command again.") from error
+            raise TuneletError(
+                f"{path} is not valid JSON.",
+                why=str(error),
+                fix="It was changed after the run wrote it; delete it and run the same command again.",
+            ) from error
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
@@ -161,15 +184,21 @@ class Run:
         return self.write_text(name, json.dumps(finite(value), ensure_ascii=False, indent=2, default=str) + "\n")
 
     def write_jsonl(self, name: str, rows: Sequence[Any]) -> Path:
-        return self.write_text(name, "".join(json.dumps(finite(row), ensure_ascii=False, default=str) + "\n" for row in rows))
+        return self.write_text(
+            name, "".join(json.dumps(finite(row), ensure_ascii=False, default=str) + "\n" for row in rows)
+        )
 
     def write_env(self, choice: Any = None) -> Path:
-        """env.json: versions, CPU, cores, memory, platform; `choice` (models.device.Choice) adds device, dtype, threads and why."""
+        """env.json: versions, CPU, cores, memory, platform; `choice` (models.device.Choice) adds device, dtype,
+        threads and why.
+        """
         return self.write_json("env.json", environment(choice))
 
     @contextlib.contextmanager
     def folder_in_the_making(self, name: str) -> Iterator[Path]:
-        """`with run.folder_in_the_making("model") as folder: save into folder` - it gets its name when all of it is on the disk."""
+        """`with run.folder_in_the_making("model") as folder: save into folder` - it gets its name when all of it is
+        on the disk.
+        """
         target, temporary = self.folder / name, self.folder / f"{TEMPORARY}{name.replace('/', '-')}"
         with disk(target):
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -184,7 +213,7 @@ class Run:
                 sync(path)
             sync(temporary)
             if target.exists():  # a rename cannot replace a folder that is not empty
-                old = self.folder / f"{TEMPORARY}old-{temporary.name[len(TEMPORARY):]}"
+                old = self.folder / f"{TEMPORARY}old-{temporary.name[len(TEMPORARY) :]}"
                 shutil.rmtree(old, ignore_errors=True)
                 target.rename(old)
                 temporary.rename(target)
@@ -196,7 +225,9 @@ class Run:
     # -- the log ------------------------------------------------------------------------------------------------------
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Append one line to log.jsonl and flush it. Rows of a step carry "step"; log a step before saving its checkpoint."""
+        """Append one line to log.jsonl and flush it. Rows of a step carry "step"; log a step before saving its
+        checkpoint.
+        """
         line = json.dumps(finite(dict(row)), ensure_ascii=False, default=str) + "\n"
         path = self.folder / LOG
         with disk(path), path.open("ab") as file:
@@ -208,7 +239,9 @@ class Run:
         return [row for row, _ in self._log_lines()]
 
     def truncate_log(self, step: int) -> None:
-        """Cut log.jsonl before its first row of a step after `step`: what follows will be trained, and logged, again."""
+        """Cut log.jsonl before its first row of a step after `step`: what follows will be trained, and logged,
+        again.
+        """
         path = self.folder / LOG
         if not path.exists():
             return
@@ -233,17 +266,30 @@ class Run:
             try:
                 row = json.loads(line)
             except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise TuneletError(f"{path}, line {number} is not valid JSON.", why=str(error), fix="It was changed after the run wrote it; restore it or delete the line.") from error
+                raise TuneletError(
+                    f"{path}, line {number} is not valid JSON.",
+                    why=str(error),
+                    fix="It was changed after the run wrote it; restore it or delete the line.",
+                ) from error
             yield row, end
 
     # -- plan and end -------------------------------------------------------------------------------------------------
 
     def plan(self, predicted: Mapping[str, float | None] | None, *, reason: str = "") -> None:
-        """Write plan.json's prediction (keys of PLAN_KEYS), or null with the reason why there is none. Keeps the actual figures."""
+        """Write plan.json's prediction (keys of PLAN_KEYS), or null with the reason why there is none. Keeps the
+        actual figures.
+        """
         _check_plan(predicted)
         now = self.read_json("plan.json", {})
         now.pop("reason", None)
-        self.write_json("plan.json", {"predicted": dict(predicted) if predicted else None, "actual": now.get("actual"), **({"reason": reason} if reason else {})})
+        self.write_json(
+            "plan.json",
+            {
+                "predicted": dict(predicted) if predicted else None,
+                "actual": now.get("actual"),
+                **({"reason": reason} if reason else {}),
+            },
+        )
 
     def actual(self, figures: Mapping[str, float | None]) -> None:
         """Write plan.json's actual figures (keys of PLAN_KEYS). Keeps the prediction."""
@@ -259,7 +305,9 @@ class Run:
         self.write_json("DONE", {"finished": _now(), **figures})
 
     def failed(self, error: BaseException, *, step: int | None = None) -> None:
-        """Write FAILED.json. A user's mistake keeps its three lines, a bug its traceback (the home folder shown as ~)."""
+        """Write FAILED.json. A user's mistake keeps its three lines, a bug its traceback (the home folder shown as
+        ~).
+        """
         told: dict[str, Any] = {"at": _now(), "step": step, "error": type(error).__name__}
         if isinstance(error, TuneletError):
             told |= {"what": error.what, "why": error.why, "fix": error.fix}
@@ -288,130 +336,44 @@ def is_run(folder: Path | str) -> bool:
 
 def differences(old: Recipe, new: Recipe) -> list[tuple[str, Any, Any]]:
     """(dotted key, old value, new value) of every setting that differs; the run's name does not count."""
-    before, after = flat(old), flat(new)
+    before, after = values(old), values(new)
     return [(key, before[key], after[key]) for key in before if key != "name" and before[key] != after[key]]
-
-
-def flat(recipe: Recipe) -> dict[str, Any]:
-    """Dotted key -> value, in the recipe's order."""
-    out: dict[str, Any] = {}
-    for key, value in recipe.model_dump().items():
-        if isinstance(value, dict):
-            out |= {f"{key}.{inner}": inner_value for inner, inner_value in value.items()}
-        else:
-            out[key] = value
-    return out
-
-
-def resolved_toml(recipe: Recipe, origins: Mapping[str, str]) -> str:
-    """Every value with its origin in a comment. Itself a valid recipe: it gives the same run even where defaults have changed since."""
-    lines = ["# Every value of this run, and where it came from. Can be used as a recipe."]
-    section = ""
-    for key, value in flat(recipe).items():
-        head, _, name = key.rpartition(".")
-        if head != section:
-            section = head
-            lines += ["", f"[{head}]"]
-        lines.append(f"{name} = {_toml_value(value)}  # {' '.join(origins.get(key, 'default').split())}")
-    return "\n".join(lines) + "\n"
 
 
 def asked_toml(recipe: Recipe, origins: Mapping[str, str]) -> str:
     """Only what was asked for (by recipe, flag or --set), as a recipe."""
-    tree: dict[str, Any] = {}
-    defaults = flat(Recipe())
-    for key, value in flat(recipe).items():
-        if origins.get(key, "default") == "default" and value == defaults.get(key):
+    lines, section, defaults = [], "", values(Recipe())
+    for key, value in values(recipe).items():
+        if origins.get(key, "default") == "default" and value == defaults[key]:
             continue
-        head, _, name = key.rpartition(".")
-        (tree.setdefault(head, {}) if head else tree)[name] = _plain(value)
-    return tomli_w.dumps(tree)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items() if inner is not None}
-    return [_plain(inner) for inner in value] if isinstance(value, list) else value
-
-
-def _toml_value(value: Any) -> str:
-    """`value` on one line of TOML (tables inline, so that the origin fits beside it)."""
-    value = _plain(value)
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{json.dumps(key)} = {_toml_value(inner)}" for key, inner in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(_toml_value(inner) for inner in value) + "]"
-    return tomli_w.dumps({"x": value})[len("x = ") :].rstrip("\n")
-
-
-def finite(value: Any) -> Any:
-    """`value` with NaN and infinities replaced by None: JSON has neither."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): finite(inner) for key, inner in value.items()}
-    return [finite(inner) for inner in value] if isinstance(value, (list, tuple)) else value
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write `text` beside `path`, sync it, and rename it there: a reader sees the old file or the new one."""
-    temporary = path.with_name(f"{TEMPORARY}{path.name}")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    os.replace(temporary, path)
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """fsync a file or folder. Folders cannot be opened on Windows, which syncs renames itself."""
-    if os.name == "nt" and path.is_dir():
-        return
-    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextlib.contextmanager
-def disk(path: Path) -> Iterator[None]:
-    """Turns what goes wrong with a disk (full, read-only, not permitted, a file in the way) into a TuneletError naming `path`."""
-    try:
-        yield
-    except OSError as error:
-        reasons = {
-            errno.ENOSPC: ("the disk is full", "Free some space, or choose an --out on another disk, and run the same command again: it goes on where it was."),
-            errno.EDQUOT: ("your disk quota is used up", "Free some space, or choose an --out on another disk, and run the same command again."),
-            errno.EROFS: ("the file system is read-only", "Choose an --out that can be written."),
-            errno.EACCES: ("you may not write there", "Choose an --out that can be written, or change the folder's permissions."),
-            errno.EPERM: ("you may not write there", "Choose an --out that can be written, or change the folder's permissions."),
-            errno.ENOTDIR: ("a file stands where a folder is needed", "Choose another --out, or move that file away."),
-            errno.EEXIST: ("a file stands where a folder is needed", "Choose another --out, or move that file away."),
-        }
-        if error.errno not in reasons:
-            raise
-        why, fix = reasons[error.errno]
-        raise TuneletError(f"Cannot write {path}.", why=why, fix=fix) from error
+        head, _, leaf = key.rpartition(".")
+        if head != section:
+            section = head
+            lines += ["", f"[{section}]"]
+        lines.append(f"{leaf} = {inline(value)}")
+    return "\n".join(lines).lstrip("\n") + "\n"
 
 
 def _must_be_free(out: Path) -> None:
     if is_run(out):
         status = Run(out).status
-        raise TuneletError(f"{out} already holds a run ({status}).", why="a run is never written over", fix="Choose another --out, or delete that folder first.")
+        raise TuneletError(
+            f"{out} already holds a run ({status}).",
+            why="a run is never written over",
+            fix="Choose another --out, or delete that folder first.",
+        )
     if out.exists() and not out.is_dir():
-        raise TuneletError(f"{out} is a file, not a folder.", why="a run is a folder of files", fix="Choose another --out.")
+        raise TuneletError(
+            f"{out} is a file, not a folder.", why="a run is a folder of files", fix="Choose another --out."
+        )
     with disk(out):
-        others = sorted(path.name for path in out.iterdir() if not path.name.startswith(TEMPORARY)) if out.is_dir() else []
+        others = (
+            sorted(path.name for path in out.iterdir() if not path.name.startswith(TEMPORARY)) if out.is_dir() else []
+        )
     if others:
         raise TuneletError(
             f"{out} exists, is not a run, and is not empty.",
-            why=f"it holds {', '.join(others[:3])}{' ...' if len(others) > 3 else ''}, and a run writes into no folder that holds something else",
+            why=f"it holds {', '.join(others[:3])}{' ...' if len(others) > 3 else ''}; a run shares no folder",
             fix="Choose an --out that does not exist yet.",
         )
 
