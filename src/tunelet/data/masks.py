@@ -2,225 +2,262 @@
 
 Not for tokens (render.py turns characters into tokens) and not for choosing a template.
 
-How: the template's syntax tree gets a hook at the start and the end of every `for` loop. A hook prints nothing; it notes
-how far the output has come and whose turn begins. So we know which characters each message printed, exactly, whatever
-the texts contain, and without `{% generation %}` tags.
+How. The template's syntax tree gets a hook at the start of every `for` iteration and after every loop. A hook prints
+nothing; it notes how far the output has come and whose turn begins. So the characters each message printed are known
+exactly, whatever the texts contain, and without `{% generation %}` tags. Where a template prints from a macro or a
+`set` block instead of a loop over messages, the conversation cut after each message is compared with the whole instead.
 
 The rule. Trained is what the model has to produce after the generation prompt, up to and including the end token:
-    turn     = the characters printed while the loop stood at an assistant message
-    start    = after the part of the turn that `add_generation_prompt=True` would have written there
-    end      = before the white space that the template writes after its end token ("\\n" after "<|im_end|>")
+    turn     the characters printed for an assistant message
+    start    after the part of the turn that `add_generation_prompt=True` writes there (the role header, and whatever
+             else the prompt opens: "<think>\\n" for a thinking template)
+    end      before the white space the template writes after its end token ("\\n" after "<|im_end|>")
 Where the template has `{% generation %}` tags, they are the truth: exactly what transformers' assistant mask holds is
-trained. Some authors put a little more inside their tags than the rule says (the newline after the end token, or the
-role header, as SmolLM3 does); tests compare both, case by case.
+trained. Many authors put a little more inside their tags than the rule says (the newline after the end token, in
+SmolLM3 the role header); tests compare both, case by case.
 
-Each shape of conversation (roles, which fields are filled) is checked once with marker words in every field: a marker
-of an assistant must lie in its own trained part, a marker of anybody else outside. A template for which that does not
-hold is refused with a TuneletError; there is no guess.
+No guess. Each shape of conversation (roles, and which fields are filled) is checked once, with marker words in every
+field: a marker of an assistant must lie in its own trained part, a marker of anybody else outside of all of them, and
+an end token must follow. A template for which that does not hold is refused with a TuneletError.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from tunelet.errors import TuneletError
 
 Json = dict[str, Any]
+Segment = tuple[int, int, int]  # (start, end, message number; -1: printed for no message)
 TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
-MARK = re.compile(r"Zq(\d+)([cta])qZ")  # message number and field: content, thinking, arguments
+MARK = re.compile(r"Zq(\d+)([cta])qZ")  # message number and field
+FIELDS = {"c": "content", "t": "thinking", "a": "tool calls"}
+CHOOSE = "choose another template: --set model.chat_template=FILE (or chatml)"
 
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """A rendered conversation. `segments`: (start, end, message number or -1 for what no message printed), in order,
-    covering `text`. `tagged`: what stands inside `{% generation %}` tags."""
+    """A rendered conversation. `segments` are in order and cover `text`; `tagged`: what stands in generation tags."""
 
     text: str
-    segments: tuple[tuple[int, int, int], ...]
+    segments: tuple[Segment, ...]
     tagged: tuple[tuple[int, int], ...]
-
-    def turn(self, i: int) -> list[tuple[int, int]]:
-        return [(start, end) for start, end, owner in self.segments if owner == i]
 
     @property
     def tail(self) -> str:
         """What is printed after the last message."""
-        ends = [end for _, end, owner in self.segments if owner >= 0]
-        return self.text[max(ends, default=0) :]
+        return self.text[max((end for _, end, owner in self.segments if owner >= 0), default=0) :]
 
 
 @dataclass(frozen=True, slots=True)
 class Marked:
-    """`trained`: (start, end, message number) in characters of `text`, in order."""
+    """`trained`: stretches of `text` an assistant has to produce, with the number of its message, in order."""
 
     text: str
-    segments: tuple[tuple[int, int, int], ...]
-    trained: tuple[tuple[int, int, int], ...]
+    segments: tuple[Segment, ...]
+    trained: tuple[Segment, ...]
 
 
 @dataclass
 class Template:
-    """A chat template that knows whose turn each character of its output belongs to.
+    """A chat template that knows for which message each character of its output was printed.
 
-    `variables` are what transformers hands to templates beside the messages (bos_token, eos_token, ...).
+    `variables` are what transformers hands to templates beside messages and tools (bos_token, eos_token, ...).
     """
 
     source: str
     variables: Mapping[str, Any]
-    tagged: bool = field(init=False)
-    left_out: set[tuple[str, str]] = field(init=False, default_factory=set)  # (role, field) the template never prints
+    left_out: set[tuple[str, str]] = field(init=False, default_factory=set)  # (role, field) it had and did not print
 
     def __post_init__(self) -> None:
         self.tagged = bool(TAG.search(self.source))
-        self._compiled = _instrument(self.source)
-        self._spaces: dict[Any, tuple[str, ...]] = {}
+        with refusals():
+            self._compiled = _instrument(self.source)
+        self._ends: dict[Any, dict[int, str]] = {}
 
     def trace(self, messages: Sequence[Json], tools: list[Json] | None = None, prompt: bool = False) -> Trace:
-        """Render and note whose turn each character belongs to. The text equals transformers' own rendering."""
-        messages = _aliased(messages)
+        """Render as transformers does, noting for which message each character is printed. `prompt`: with the
+        generation prompt. Raises TuneletError where the template refuses the conversation."""
+        messages = _prepared(messages)
         number = {id(message): i for i, message in enumerate(messages)}
         blocks: list[str] = []
-        events: list[tuple[int, int]] = []
-        stack: list[tuple[int, int]] = []
+        events: list[tuple[int, int]] = []  # (position, owner from there on)
+        stack: list[tuple[int, int]] = []  # (loop, owner), innermost last
+        tagged: list[tuple[int, int]] = []
         position = 0
 
         def enter(loop: int, *values: Any) -> None:
             if stack and stack[-1][0] == loop:
                 stack.pop()
             outer = stack[-1][1] if stack else -1
-            owner = next((number[id(value)] for value in values if id(value) in number), outer)
-            stack.append((loop, owner))
-            events.append((position, owner))
+            stack.append((loop, next((number[id(value)] for value in values if id(value) in number), outer)))
+            events.append((position, stack[-1][1]))
 
         def leave(loop: int) -> None:
             if stack and stack[-1][0] == loop:
                 stack.pop()
             events.append((position, stack[-1][1] if stack else -1))
 
-        tagged: list[tuple[int, int]] = []
-        with self._compiled.environment.activate_tracker(blocks, tagged):
-            for block in self._compiled.generate(
-                **self.variables,
-                messages=messages,
-                tools=tools,
-                documents=None,
-                add_generation_prompt=prompt,
-                tunelet_enter=enter,
-                tunelet_leave=leave,
-            ):
+        given = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": prompt}
+        hooks = {"tunelet_enter": enter, "tunelet_leave": leave}
+        with refusals(), self._compiled.environment.activate_tracker(blocks, tagged):
+            for block in self._compiled.generate(**self.variables, **given, **hooks):
                 blocks.append(block)
                 position += len(block)
         return Trace("".join(blocks), _segments(events, position), tuple(tagged))
 
     def mark(self, messages: Sequence[Json], tools: list[Json] | None = None, *, tags: bool = True) -> Marked:
-        """Find the trained characters; `tags=False` ignores `{% generation %}` tags.
+        """Find the trained characters; `tags=False` finds them by structure even where the template has tags.
 
-        Raises TuneletError where the template does not say clearly what an assistant produces.
+        Raises TuneletError where the template does not show clearly what an assistant produces.
         """
-        key = (_shape(messages), bool(tools), tags)
-        if key not in self._spaces:
-            self._spaces[key] = self._check_shape(messages, tools, tags)
-        return self._mark(messages, tools, tags, self._spaces[key])
-
-    def _mark(self, messages: Sequence[Json], tools: list[Json] | None, tags: bool, spaces: Sequence[str]) -> Marked:
+        key = (tuple(map(_shape, messages)), bool(tools), tags)
+        if key not in self._ends:
+            self._ends[key] = self._check(messages, tools, tags)
         trace = self.trace(messages, tools)
-        trained: list[tuple[int, int, int]] = []
         if self.tagged and tags:
-            for start, end in trace.tagged:
-                owner = next((o for a, b, o in trace.segments if a <= start < b), -1)
-                if end > start:
-                    trained.append((start, end, owner))
-            return Marked(trace.text, trace.segments, tuple(trained))
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            start, end = self._turn(trace, i)
-            start += self._header(trace.text[start:end], messages, i, tools)
-            space = spaces[i] if spaces else ""
-            if not trace.text[start:end].endswith(space):
-                raise _unclear(f"the end of assistant turn {i + 1} cannot be told from its text")
-            trained.append((start, end - len(space), i))
+            return _by_tags(trace)
+        trace, starts, ends = self._turns(trace, messages, tools)
+        trained = []
+        for i, space in self._ends[key].items():
+            end = len(trace.text) if space.startswith(EXTEND) else ends[i]
+            space = space.removeprefix(EXTEND)
+            if not trace.text[starts[i] : end].endswith(space):
+                raise _unclear(f"the end of the assistant's turn in message {i + 1} cannot be told from its text")
+            trained.append((starts[i], end - len(space), i))
         return Marked(trace.text, trace.segments, tuple(trained))
 
-    def _turn(self, trace: Trace, i: int) -> tuple[int, int]:
-        parts = trace.turn(i)
-        if len(parts) != 1:
-            found = "prints nothing for it" if not parts else "prints it in several places"
-            raise _unclear(f"message {i + 1} has the role assistant and the template {found}")
-        return parts[0]
+    def _turns(
+        self, trace: Trace, messages: Sequence[Json], tools: list[Json] | None
+    ) -> tuple[Trace, dict[int, int], dict[int, int]]:
+        """Where the trained part of each assistant's turn starts, and where the turn ends."""
+        speakers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        found = {i: [(a, b) for a, b, owner in trace.segments if owner == i] for i in speakers}
+        if not all(len(parts) == 1 for parts in found.values()):
+            return self._by_prefix(trace, messages, tools)
+        starts = {i: a + self._header(trace.text[a:b], messages, i, tools) for i, [(a, b)] in found.items()}
+        return trace, starts, {i: b for i, [(_, b)] in found.items()}
 
     def _header(self, turn: str, messages: Sequence[Json], i: int, tools: list[Json] | None) -> int:
-        """How many characters of `turn` the generation prompt writes."""
+        """How many characters of an assistant's turn the generation prompt writes."""
         prompt = self._prompt(messages, i, tools)
         if turn.startswith(prompt):
             return len(prompt)
-        # The prompt opens something that this turn does not have ("<think>" where the thinking was left out, or an
-        # empty thinking block where there is one). What they share is the header, found on marker words so that
-        # a text that happens to begin like the prompt does not count as header.
-        marked = [_marked(m, j) if j == i else m for j, m in enumerate(messages)]
-        trace = self.trace(marked, tools)
-        start, end = self._turn(trace, i)
-        other = trace.text[start:end]
-        shared = _common(other, prompt)
-        if shared == 0 or not MARK.match(other, shared) or turn[:shared] != other[:shared]:
-            raise _unclear(f"assistant turn {i + 1} does not begin with the generation prompt {prompt!r}")
-        return shared
+        # The prompt opens something this turn does not have: "<think>" where the thinking was left out, or an empty
+        # thinking block where there is one. The header is what they share, measured on marker words, so that a text
+        # that begins like the prompt does not count; where a tag begins like the prompt's ("<tool_call>", "<think>"),
+        # on the turn with a plain text in its place.
+        plain = {"role": "assistant", "content": _like(messages[i].get("content"), f"Zq{i}cqZ")}
+        for message in (_marked(messages[i], i), plain):
+            trace = self.trace([*messages[:i], message, *messages[i + 1 :]], tools)
+            other = "".join(trace.text[a:b] for a, b, owner in trace.segments if owner == i)
+            shared = _common(other, prompt)
+            if shared and MARK.match(other, shared) and turn.startswith(other[:shared]):
+                return shared
+        raise _unclear(f"message {i + 1} is the assistant's and does not begin with the generation prompt {prompt!r}")
 
     def _prompt(self, messages: Sequence[Json], i: int, tools: list[Json] | None) -> str:
-        return self.trace(messages[:i] if i else messages, tools, prompt=True).tail
+        """The generation prompt before message i."""
+        if i:
+            try:
+                return self.trace(messages[:i], tools, prompt=True).tail
+            except TuneletError:
+                pass  # some templates refuse a conversation that has no user's turn yet: ask behind the whole
+        return self.trace(messages, tools, prompt=True).tail
 
-    def _check_shape(self, messages: Sequence[Json], tools: list[Json] | None, tags: bool) -> tuple[str, ...]:
-        """White space after the end token for each message, once all markers are where they belong."""
+    def _by_prefix(
+        self, trace: Trace, messages: Sequence[Json], tools: list[Json] | None
+    ) -> tuple[Trace, dict[int, int], dict[int, int]]:
+        """Turns by cutting the conversation after each message; holds where each cut is the beginning of the whole."""
+        starts, ends, segments = {}, {}, []
+        last = 0
+        for i, message in enumerate(messages):
+            cut = self.trace(messages[: i + 1], tools).text if i + 1 < len(messages) else trace.text
+            if message["role"] == "assistant":
+                before = self.trace(messages[:i], tools, prompt=True).text if i else ""
+                if not (trace.text.startswith(cut) and cut.startswith(before)):
+                    raise _unclear("it neither loops over the messages nor adds to what it printed before")
+                starts[i], ends[i] = len(before), len(cut)
+            if trace.text.startswith(cut) and len(cut) > last:
+                segments.append((last, len(cut), i))
+                last = len(cut)
+        return Trace(trace.text, tuple(segments), trace.tagged), starts, ends
+
+    def _check(self, messages: Sequence[Json], tools: list[Json] | None, tags: bool) -> dict[int, str]:
+        """Check a new shape with marker words; the white space after the end token, for each assistant's message."""
         probe = [_marked(message, i) for i, message in enumerate(messages)]
-        marked = self._mark(probe, tools, tags, ())
-        spaces = [""] * len(messages)
-        inside = {i: (start, end) for start, end, i in marked.trained}
-        seen: dict[int, set[str]] = {}
-        last = {i: start for start, _, i in marked.trained}
-        for hit in MARK.finditer(marked.text):
-            i, kind = int(hit[1]), hit[2]
-            seen.setdefault(i, set()).add(kind)
-            trained = any(start < hit.end() and hit.start() < end for start, end, _ in marked.trained)
-            if messages[i]["role"] != "assistant":
-                if trained:
-                    raise _unclear(f"text of message {i + 1} ({messages[i]['role']}) is printed inside an assistant turn")
-            elif i not in inside or not (inside[i][0] <= hit.start() and hit.end() <= inside[i][1]):
-                raise _unclear(f"text of assistant turn {i + 1} is also printed elsewhere")
-            else:
-                last[i] = hit.end()
+        trace = self.trace(probe, tools)
+        hits = [(hit.start(), hit.end(), int(hit[1]), hit[2]) for hit in MARK.finditer(trace.text)]
         for i, message in enumerate(probe):
-            self._note_left_out(message, i, seen.get(i, set()))
-        if self.tagged and tags:
-            return tuple(spaces)
-        for i, (_start, end) in inside.items():
-            after = marked.text[last[i] : end]
-            if not after.strip():
-                raise TuneletError(
-                    f"the chat template writes no end token after assistant turn {i + 1}",
-                    why="a model trained on it would never learn to stop",
-                    fix="add the end token to the template, or choose another: --set model.chat_template=chatml",
-                )
-            spaces[i] = after[len(after.rstrip()) :]
-        return tuple(spaces)
+            self._note_left_out(message, i, {kind for _, _, owner, kind in hits if owner == i})
+        by_tags = self.tagged and tags
+        if by_tags:
+            trained = {n: (a, b, i) for n, (a, b, i) in enumerate(_by_tags(trace).trained)}
+        else:
+            trace, starts, ends = self._turns(trace, probe, tools)
+            trained = {i: (starts[i], ends[i], i) for i in starts}
+        for a, b, i, _ in hits:
+            role = messages[i]["role"]
+            if role != "assistant" and any(a < end and start < b for start, end, _ in trained.values()):
+                raise _unclear(f"the text of message {i + 1} ({role}) is printed inside an assistant's turn")
+            if role == "assistant" and not by_tags and not (trained[i][0] <= a and b <= trained[i][1]):
+                raise _unclear(f"the text of message {i + 1} (assistant) is also printed outside of its turn")
+        if by_tags:
+            return {}
+        return {i: self._end(trace, hits, i, *trained[i][:2]) for i in trained}
+
+    def _end(self, trace: Trace, hits: list[tuple[int, int, int, str]], i: int, start: int, end: int) -> str:
+        after = trace.text[max([start, *(b for _, b, owner, _ in hits if owner == i)]) : end]
+        extend = ""
+        if not after.strip() and trace.text[:end] + trace.tail == trace.text:
+            after, extend = trace.tail, EXTEND  # the end token stands behind the loop, after the last turn
+        if not after.strip():
+            raise TuneletError(
+                f"the chat template writes no end token after message {i + 1}, which is the assistant's",
+                why="a model trained on it would not learn to stop",
+                fix="add the end token to the template, or " + CHOOSE,
+            )
+        return extend + after[len(after.rstrip()) :]
 
     def _note_left_out(self, message: Json, i: int, seen: set[str]) -> None:
         wanted = {kind for _, kind in MARK.findall(repr(message))}
         if message["role"] == "assistant" and wanted & {"c", "a"} and not seen & {"c", "a"}:
-            what = "tool calls" if "a" in wanted else "content"
+            what = FIELDS["a" if "a" in wanted else "c"]
             raise TuneletError(
-                f"the chat template leaves out the {what} of assistant turn {i + 1}",
+                f"the chat template leaves out the {what} of message {i + 1}, which is the assistant's",
                 why="the model would be trained to answer with nothing",
-                fix="choose a template that prints it: --set model.chat_template=FILE",
+                fix=CHOOSE,
             )
-        names = {"c": "content", "t": "thinking", "a": "tool calls"}
-        self.left_out |= {(message["role"], names[kind]) for kind in wanted - seen}
+        self.left_out |= {(message["role"], FIELDS[kind]) for kind in wanted - seen}
+
+
+EXTEND = "+"  # before the white space: the turn goes on to the end of the text
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """What goes wrong inside a template becomes a TuneletError. Only rendering may stand inside."""
+    import jinja2
+
+    try:
+        yield
+    except jinja2.TemplateSyntaxError as error:
+        what = f"the chat template is not valid Jinja: line {error.lineno}"
+        raise TuneletError(what, why=str(error.message), fix="mend it, or " + CHOOSE) from None
+    except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+        raise TuneletError(
+            "the chat template refuses this conversation",
+            why=str(error) or type(error).__name__,
+            fix="change the conversation as the template asks, or " + CHOOSE,
+        ) from None
 
 
 def _instrument(source: str) -> Any:
-    """Compile with transformers' own environment, plus a hook before each iteration and after each loop."""
+    """Compile in transformers' own environment, with a hook before each iteration and after each loop."""
     from jinja2 import nodes
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
@@ -235,7 +272,7 @@ def _instrument(source: str) -> Any:
         nonlocal loops
         for child in list(node.iter_child_nodes()):
             visit(child)
-        for name, value in node.iter_fields():
+        for name, value in list(node.iter_fields()):
             if not (isinstance(value, list) and any(isinstance(item, nodes.For) for item in value)):
                 continue
             out = []
@@ -243,8 +280,8 @@ def _instrument(source: str) -> Any:
                 out.append(item)
                 if isinstance(item, nodes.For):
                     loops += 1
-                    targets = [n.name for n in (item.target, *item.target.find_all(nodes.Name)) if isinstance(n, nodes.Name)]
-                    loads = [nodes.Name(target, "load") for target in dict.fromkeys(targets)]
+                    named = [item.target] if isinstance(item.target, nodes.Name) else item.target.find_all(nodes.Name)
+                    loads = [nodes.Name(target.name, "load") for target in named]
                     item.body.insert(0, call("tunelet_enter", item.lineno, nodes.Const(loops), *loads))
                     out.append(call("tunelet_leave", item.lineno, nodes.Const(loops)))
             setattr(node, name, out)
@@ -254,41 +291,52 @@ def _instrument(source: str) -> Any:
     return environment.from_string(tree)
 
 
-def _aliased(messages: Sequence[Json]) -> list[Json]:
-    # transformers drops keys that are None and fills in older names of the reasoning; a copy keeps each message unique
-    messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
+def _prepared(messages: Sequence[Json]) -> list[Json]:
+    """What transformers makes of messages before a template sees them; fresh dicts, so that each can be told apart."""
     from transformers.utils import chat_template_utils
 
-    alias = getattr(chat_template_utils, "_alias_reasoning_fields", None)
-    return alias(messages) if alias else messages
+    rows = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    alias = getattr(chat_template_utils, "_alias_reasoning_fields", None)  # transformers < 5.20 has no such step
+    return alias(rows) if alias else rows
 
 
-def _segments(events: list[tuple[int, int]], length: int) -> tuple[tuple[int, int, int], ...]:
-    out: list[tuple[int, int, int]] = []
+def _segments(events: list[tuple[int, int]], length: int) -> tuple[Segment, ...]:
+    out: list[Segment] = []
     for (start, owner), (end, _) in zip([(0, -1), *events], [*events, (length, -1)], strict=True):
-        if end == start:
-            continue
-        if out and out[-1][2] == owner and out[-1][1] == start:
+        if end > start and out and out[-1][1:] == (start, owner):
             out[-1] = (out[-1][0], end, owner)
-        else:
+        elif end > start:
             out.append((start, end, owner))
     return tuple(out)
+
+
+def _by_tags(trace: Trace) -> Marked:
+    trained = [
+        (start, end, next((owner for a, b, owner in trace.segments if a <= start < b), -1))
+        for start, end in trace.tagged
+        if end > start
+    ]
+    return Marked(trace.text, trace.segments, tuple(trained))
 
 
 def _text(content: Any) -> str:
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content or ())
 
 
-def _shape(messages: Sequence[Json]) -> tuple[Any, ...]:
-    """What a template may look at without reading the texts: a new shape gets its own check."""
-    return tuple(
-        (
-            message["role"],
-            (lambda text: 0 if not text.strip() else 2 if "</think>" in text else 1)(_text(message.get("content"))),
-            bool((message.get("reasoning_content") or "").strip()),
-            tuple(type(call.get("function", call).get("arguments")).__name__ for call in message.get("tool_calls") or ()),
-        )
-        for message in messages
+def _like(content: Any, text: str) -> Any:
+    return text if isinstance(content, str) else [{"type": "text", "text": text}]
+
+
+def _shape(message: Json) -> tuple[Any, ...]:
+    """What of a message may change how a template prints it; a new shape gets its own check."""
+    text = _text(message.get("content"))
+    calls = [call.get("function", call) for call in message.get("tool_calls") or ()]
+    return (
+        message["role"],
+        bool(text.strip()),
+        "</think>" in text,
+        bool((message.get("reasoning_content") or "").strip()),
+        tuple(isinstance(call.get("arguments"), str) for call in calls),
     )
 
 
@@ -298,7 +346,7 @@ def _marked(message: Json, i: int) -> Json:
     text = _text(message.get("content"))
     if text.strip():
         mark = f"<think>\nZq{i}tqZ\n</think>\n\nZq{i}cqZ" if "</think>" in text else f"Zq{i}cqZ"
-        out["content"] = mark if isinstance(message["content"], str) else [{"type": "text", "text": mark}]
+        out["content"] = _like(message["content"], mark)
     if (message.get("reasoning_content") or "").strip():
         out["reasoning_content"] = f"Zq{i}tqZ"
     if message.get("tool_calls"):
@@ -321,5 +369,5 @@ def _unclear(what: str) -> TuneletError:
     return TuneletError(
         f"the chat template does not show which text the assistant produces: {what}",
         why="a guess could train on the user's words, or leave the end token out",
-        fix="add {% generation %} tags to the template, or choose another: --set model.chat_template=FILE (or chatml)",
+        fix="add {% generation %} tags to the template, or " + CHOOSE,
     )

@@ -1,0 +1,118 @@
+"""Loading a tokenizer from a folder, with errors a user can mend, and the built-in chat template.
+
+Not for rendering (render.py is the only template code) and not for training a tokenizer. Never resizes a vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunelet.errors import TuneletError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+BUILT_IN_TEMPLATES = {"chatml": CHATML}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+
+
+def load_tokenizer(folder: Path | str, chat_template: str = "") -> PreTrainedTokenizerFast:
+    """The tokenizer of a model folder, without any network.
+
+    chat_template: "" keeps the tokenizer's own; "chatml" or a file with a Jinja template replaces it, and is then
+    saved with the model. Raises TuneletError where files are missing or broken.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise TuneletError(f"{folder}: no such folder", fix="name a folder that holds a model's tokenizer.json")
+    there = sorted(path.name for path in folder.iterdir())
+    if not any(name in there for name in TOKENIZER_FILES):
+        raise TuneletError(
+            f"{folder}: no tokenizer in it",
+            why=f"it holds {', '.join(there[:8]) or 'nothing'}, and a model works with its own tokenizer only",
+            fix="copy the model's tokenizer.json and tokenizer_config.json into the folder",
+        )
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+        if name in there:
+            _check_json(folder / name)
+    tokenizer = _from_folder(folder)
+    if chat_template:
+        tokenizer.chat_template = read_template(chat_template)
+        if tokenizer.chat_template == CHATML:
+            _check_chatml(tokenizer, folder)
+    return tokenizer
+
+
+def read_template(value: str) -> str:
+    """The Jinja source of a built-in template, by name, or of a file."""
+    if value in BUILT_IN_TEMPLATES:
+        return BUILT_IN_TEMPLATES[value]
+    path = Path(value)
+    if not path.is_file():
+        known = ", ".join(BUILT_IN_TEMPLATES)
+        raise TuneletError(f"{value}: no such chat template", fix=f"name a file with Jinja in it, or one of: {known}")
+    return path.read_text(encoding="utf-8")
+
+
+def no_template(tokenizer: Any) -> TuneletError:
+    """The error for conversations without a template; a base model with ChatML's tokens is told of the built-in one."""
+    if has_chatml_tokens(tokenizer):
+        fix = "the tokenizer has ChatML's tokens: --set model.chat_template=chatml (or FILE, with a Jinja template)"
+    else:
+        fix = "--set model.chat_template=FILE, with the Jinja template of the model's instruct version"
+    why = "base models come without one, and a conversation needs one to become text"
+    return TuneletError("the tokenizer has no chat template", why=why, fix=fix)
+
+
+def has_chatml_tokens(tokenizer: Any) -> bool:
+    vocabulary = tokenizer.get_vocab()
+    return "<|im_start|>" in vocabulary and "<|im_end|>" in vocabulary
+
+
+def _check_chatml(tokenizer: Any, folder: Path) -> None:
+    if not has_chatml_tokens(tokenizer):
+        raise TuneletError(
+            f"{folder}: the tokenizer has no tokens <|im_start|> and <|im_end|>",
+            why="ChatML would be spelt out in pieces, no token would end a turn, and embeddings are never resized here",
+            fix="--set model.chat_template=FILE, with a template that uses this tokenizer's own tokens",
+        )
+
+
+def _from_folder(folder: Path) -> PreTrainedTokenizerFast:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    try:
+        if (folder / "tokenizer_config.json").exists() or (folder / "config.json").exists():
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        else:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises bare Exceptions for a malformed tokenizer.json
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise TuneletError(
+            f"{folder}: the tokenizer cannot be loaded", why=first, fix="copy the model's tokenizer files again"
+        ) from error
+    if not tokenizer.is_fast:
+        raise TuneletError(
+            f"{folder}: only a slow tokenizer can be made of these files",
+            why="masks need to know which characters each token covers",
+            fix="save it with tokenizer.json (AutoTokenizer.from_pretrained(...).save_pretrained(...))",
+        )
+    return tokenizer
+
+
+def _check_json(path: Path) -> None:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise TuneletError(f"{path}: not UTF-8", why=str(error), fix="copy the file again") from None
+    except json.JSONDecodeError as error:
+        why = f"line {error.lineno}, column {error.colno}: {error.msg}"
+        raise TuneletError(f"{path}: not valid JSON", why=why, fix="copy the file again: it is damaged") from None
