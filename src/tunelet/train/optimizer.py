@@ -146,15 +146,28 @@ class AdamW:
             if bucket.low:
                 bucket.write(bucket.master)
 
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The fp32 weights by parameter name: views of the master."""
+        return self._named("master")
+
     def state(self) -> dict[str, torch.Tensor]:
-        """Everything a checkpoint needs, by parameter name, in fp32."""
-        out: dict[str, torch.Tensor] = {}
-        for bucket in self.buckets:
-            for kind in ("master", "exp_avg", "exp_avg_sq"):
-                flat = getattr(bucket, kind)
-                for name, p, part in zip(bucket.names, bucket.parameters, flat.split(bucket.sizes), strict=True):
-                    out[f"{kind}.{name}"] = part.view(p.shape)
-        return out
+        """Everything a checkpoint needs, by kind and parameter name, in fp32."""
+        kinds = ("master", "exp_avg", "exp_avg_sq")
+        return {f"{kind}.{name}": tensor for kind in kinds for name, tensor in self._named(kind).items()}
+
+    def _named(self, kind: str) -> dict[str, torch.Tensor]:
+        return {
+            name: part.view(p.shape)
+            for bucket in self.buckets
+            for name, p, part in zip(bucket.names, bucket.parameters, getattr(bucket, kind).split(bucket.sizes), strict=True)
+        }
+
+    @torch.no_grad()
+    def load_weights(self, weights: dict[str, torch.Tensor]) -> None:
+        """Put `weights()` back."""
+        for name, tensor in self.weights().items():
+            tensor.copy_(weights[name])
+        self.refresh()
 
     @torch.no_grad()
     def load_state(self, state: dict[str, torch.Tensor], steps: int) -> None:

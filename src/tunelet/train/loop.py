@@ -1,0 +1,225 @@
+"""The training loop: batches in a fixed order, forward and backward, one optimizer step, log, evaluate, checkpoint; and going on after a stop.
+
+Not for reading data (train/prepare.py), loss formulas (methods/) or files of the run (runs/record.py, train/checkpoint.py).
+Everything random is a function of (seed, epoch) or (seed, step), so that a resumed run ends bit-identical to one that never stopped.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from tunelet.data import pack
+from tunelet.data.examples import Tokens
+from tunelet.errors import TuneletError
+from tunelet.methods import losses
+from tunelet.models import device, head
+from tunelet.recipe import Recipe
+from tunelet.runs.record import Run
+from tunelet.train import checkpoint, progress, schedule
+from tunelet.train.optimizer import AdamW
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How a training ended. seconds are of training, evaluation included, over all its stops; tokens counts every token seen."""
+
+    steps: int
+    best_loss: float | None
+    held_out_loss: float | None
+    tokens: int
+    seconds: float
+    peak_mb: float | None
+
+
+@dataclass
+class Progress:
+    """All counters that a checkpoint carries. `window_*` run since the last log line."""
+
+    step: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    seconds: float = 0.0
+    held_out_loss: float | None = None
+    best_loss: float | None = None
+    best_step: int = 0
+    evaluations_without_better: int = 0
+    window_loss: float = 0.0
+    window_targets: int = 0
+    window: dict[str, float] = field(default_factory=lambda: {"tokens": 0, "seconds": 0.0, "cpu_seconds": 0.0})
+
+
+def total_steps(recipe: Recipe, rows: int) -> int:
+    """Optimizer steps of a training over `rows` rows."""
+    per_epoch = math.ceil(rows / (recipe.train.batch_size * recipe.train.gradient_accumulation))
+    return recipe.train.max_steps or max(1, math.ceil(recipe.train.epochs * per_epoch))
+
+
+def step_rows(rows: Sequence[Tokens], recipe: Recipe, first_step: int, total: int) -> Iterator[list[list[Tokens]]]:
+    """The micro-batches of each optimizer step from `first_step` on. The rows of a step do not depend on how it is cut."""
+    size = recipe.train.batch_size
+    lengths = [len(row.ids) for row in rows]
+    per_epoch = math.ceil(len(rows) / (size * recipe.train.gradient_accumulation))
+    epoch, batches = -1, []
+    for step in range(first_step, total):
+        if step // per_epoch != epoch:
+            epoch = step // per_epoch
+            batches = pack.batches(lengths, size * recipe.train.gradient_accumulation, recipe.train.seed, epoch)
+        members = batches[step % per_epoch]
+        yield [[rows[i] for i in members[at : at + size]] for at in range(0, len(members), size)]
+
+
+@torch.no_grad()
+def held_out(model: Any, rows: Sequence[Tokens], batch_size: int, on: str) -> float:
+    """Mean negative log-likelihood of all targets of `rows`, in nats per token."""
+    was_training = model.training
+    model.eval()
+    nll, targets = 0.0, 0
+    by_length = sorted(rows, key=lambda row: len(row.ids))
+    for at in range(0, len(by_length), batch_size):
+        batch = pack.make_batch(by_length[at : at + batch_size]).to(on)
+        if len(batch.targets):
+            nll += float(head.nll_sum(model, batch))
+            targets += len(batch.targets)
+    model.train(was_training)
+    return nll / targets if targets else float("nan")
+
+
+def train(
+    recipe: Recipe, run: Run, *, model: Any, tokenizer: Any, train_rows: Sequence[Tokens], eval_rows: Sequence[Tokens], choice: device.Choice, console: Any
+) -> Trained:
+    """Train `model` in place on `train_rows`; on return its weights are the final (with early stopping: the best) ones.
+
+    Goes on from the run's newest checkpoint where there is one. Raises Interrupted after Ctrl-C (a checkpoint is saved), TuneletError
+    where the loss is no longer a number or the disk fails; the last checkpoint then stays whole.
+    """
+    settings, loss_of = recipe.train, losses()[recipe.method]
+    total = total_steps(recipe, len(train_rows))
+    optimizer = AdamW(
+        model.named_parameters(), betas=(settings.beta1, settings.beta2), weight_decay=settings.weight_decay, seed=settings.seed
+    )
+    now = Progress()
+    name = checkpoint.latest(run)
+    if name is not None:
+        tensors, state = checkpoint.load(run, name)
+        optimizer.load_state(tensors, state["step"])
+        now = Progress(**{key: state[key] for key in asdict(now)})
+        console.print(f"Going on from step {now.step} of {total}.")
+    run.truncate_log(now.step if name else -1)
+
+    def save() -> None:
+        checkpoint.save(run, now.step, optimizer.state(), asdict(now), keep=settings.keep_checkpoints)
+
+    def evaluate() -> bool:
+        """Log the held-out loss; False when early stopping says enough."""
+        optimizer.settle()
+        now.held_out_loss = held_out(model, eval_rows, settings.batch_size, choice.device)
+        optimizer.refresh()
+        run.log({"step": now.step, "held_out_loss": now.held_out_loss})
+        bar.evaluated(now.step, now.held_out_loss)
+        if now.best_loss is None or now.held_out_loss < now.best_loss:
+            now.best_loss, now.best_step, now.evaluations_without_better = now.held_out_loss, now.step, 0
+            if settings.early_stopping:
+                checkpoint.save(run, now.step, optimizer.weights(), {}, keep=1, name=checkpoint.BEST)
+        else:
+            now.evaluations_without_better += 1
+        return not settings.early_stopping or now.evaluations_without_better < settings.early_stopping
+
+    model.train()
+    enough = settings.early_stopping and now.evaluations_without_better >= settings.early_stopping
+    with progress.stop_signals() as stop, progress.bar(console, total, now.step) as bar:
+        if now.step == 0 and eval_rows:
+            evaluate()
+        clock = _Clock(now)
+        for micro_batches in step_rows(train_rows, recipe, now.step, total if not enough else 0):
+            batches = [pack.make_batch(rows).to(choice.device) for rows in micro_batches]
+            targets = sum(len(batch.targets) for batch in batches)
+            if not targets:
+                raise TuneletError(f"Step {now.step + 1} has no trained token.", why=f"no token of {batches[0].origins[0]} is a target", fix="Drop rows without an answer: tunelet data doctor.")
+            torch.manual_seed(settings.seed * 1_000_003 + now.step)  # dropout, a function of (seed, step)
+            loss = 0.0
+            for batch in batches:
+                part = loss_of(model, batch, targets)
+                part.backward()
+                loss += float(part)
+                if len(batches) > 1:
+                    optimizer.accumulate()
+            rate = schedule.learning_rate(
+                now.step, total, peak=settings.learning_rate, schedule=settings.schedule, warmup=settings.warmup, min_ratio=settings.min_lr_ratio
+            )
+            norm = optimizer.step(rate, settings.max_grad_norm) if math.isfinite(loss) else loss
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise _not_a_number(run, now.step + 1, loss, norm, rate)
+            now.step += 1
+            tokens = sum(len(batch.input_ids) for batch in batches)
+            now.tokens, now.trained_tokens = now.tokens + tokens, now.trained_tokens + targets
+            now.window_loss, now.window_targets = now.window_loss + loss * targets, now.window_targets + targets
+            clock.tick(now, tokens)
+            bar.advance(now.step, now.window_loss / now.window_targets, now.window)
+            if now.step % settings.log_steps == 0 or now.step == total:
+                row = _log_row(now, rate, norm, choice)
+                run.log(row)
+                bar.logged(row)
+                now.window_loss, now.window_targets, now.window = 0.0, 0, Progress().window
+            go_on = True
+            if eval_rows and (now.step == total or (settings.eval_steps and now.step % settings.eval_steps == 0)):
+                go_on = evaluate()
+                clock.tick(now, 0)
+            if (settings.save_steps and now.step % settings.save_steps == 0) or now.step == total or not go_on or stop.asked:
+                save()
+            if not go_on:
+                break
+            if stop.asked and now.step < total:
+                raise progress.Interrupted(run.folder, now.step, total)
+    if settings.early_stopping and now.best_step:
+        optimizer.load_weights(checkpoint.load(run, checkpoint.BEST)[0])
+        now.held_out_loss = now.best_loss
+    optimizer.settle()
+    model.eval()
+    return Trained(now.step, now.best_loss, now.held_out_loss, now.tokens, now.seconds, device.peak_mb(choice.device))
+
+
+class _Clock:
+    """Adds the time that has passed to the counters."""
+
+    def __init__(self, now: Progress):
+        self.wall, self.cpu = time.perf_counter(), time.process_time()
+
+    def tick(self, now: Progress, tokens: int) -> None:
+        wall, cpu = time.perf_counter(), time.process_time()
+        now.seconds += wall - self.wall
+        if tokens:  # an evaluation counts as time of the run, not against the tokens per second of training
+            now.window["tokens"] += tokens
+            now.window["seconds"] += wall - self.wall
+            now.window["cpu_seconds"] += cpu - self.cpu
+        self.wall, self.cpu = wall, cpu
+
+
+def _log_row(now: Progress, rate: float, norm: float, choice: device.Choice) -> dict[str, Any]:
+    peak = device.peak_mb(choice.device)
+    return {
+        "step": now.step,
+        "loss": now.window_loss / now.window_targets,
+        "learning_rate": rate,
+        "grad_norm": norm,
+        "tokens": now.tokens,
+        "trained_tokens": now.trained_tokens,
+        "tokens_per_second": round(now.window["tokens"] / max(now.window["seconds"], 1e-9), 1),
+        "tokens_per_cpu_second": round(now.window["tokens"] / max(now.window["cpu_seconds"], 1e-9), 1),
+        "peak_mb": None if peak is None else round(peak, 1),
+        "elapsed_seconds": round(now.seconds, 3),
+    }
+
+
+def _not_a_number(run: Run, step: int, loss: float, norm: float, rate: float) -> TuneletError:
+    name = checkpoint.latest(run)
+    return TuneletError(
+        f"Training stopped at step {step}: the loss is {loss}, the gradient's norm {norm}.",
+        why=f"a learning rate of {rate:.1e} is too high for this model and data, or the weights were damaged before",
+        fix=f"Lower train.learning_rate (try a third of it) or raise train.warmup. The last checkpoint, {name or 'none yet'}, is untouched.",
+    )
