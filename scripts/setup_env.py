@@ -5,8 +5,7 @@ Not for a machine with its own environment (there: `pip install -e .`), and neve
     python scripts/setup_env.py [--venv .venv] [--extra dev] [--extra parity]
 
 On Linux without an NVIDIA GPU torch's CPU build is taken: from PyTorch's CPU index, or, where that can't be reached,
-from whatever pip is configured with (PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL, pip.conf). CUDA packages are several GB and of
-no use there.
+from whatever pip is configured with (PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL, pip.conf). CUDA packages are several GB.
 """
 
 from __future__ import annotations

@@ -129,7 +129,7 @@ def _machine_trouble(error: BaseException) -> TuneletError | None:
         return TuneletError(
             "not enough memory for this",
             why=text.splitlines()[0] if text else "",
-            fix="use a smaller train.batch_size (and more train.gradient_accumulation), data.max_length, eval.batch_size",
+            fix="a smaller train.batch_size (and more train.gradient_accumulation), data.max_length, eval.batch_size",
         )
     if isinstance(error, OSError) and error.filename is not None:
         fixes = {

@@ -132,13 +132,15 @@ def _parse(text: str, shown: str) -> dict[str, Any]:
     except tomllib.TOMLDecodeError as error:
         message = str(error)
         place = re.search(r" \(at (?:line (\d+), column (\d+)|end of document)\)$", message)
-        line = int(place[1]) if place and place[1] else text.count("\n") + 1
+        line = int(place[1]) if place and place[1] else len(text.splitlines())
         source = text.splitlines()[line - 1].strip() if 0 < line <= len(text.splitlines()) else ""
         hint = ""
         if re.match(r"^[\w.-]+\s*:", source):
             hint = "TOML has `key = value`, not `key: value`"
         elif re.match(r"^[\w.-]+\s*=\s*[A-Za-z/.~]", source):
             hint = 'a text needs quotes: key = "value" (true and false are written small)'
+        elif "Expected" in message and source.count("'") % 2 + source.count('"') % 2:
+            hint = "a quote is opened and not closed"
         cause = message[: place.start()] if place else message
         raise TuneletError(
             f"{shown}, line {line}: not valid TOML: {source!r}" if source else f"{shown}, line {line}: not valid TOML",

@@ -144,7 +144,7 @@ ABSENT: dict[str, str] = {
 def suggest(key: str, known: Collection[str]) -> str:
     """' Did you mean X?' or ' (why there is no such key)' for an unknown dotted key; '' where nothing is near.
 
-    Order: another tool's name for a key, the same last part in another section, spelling.
+    Order: the same last part in another section, a slip within the section, another tool's name for it, spelling.
     """
     section, _, leaf = key.lower().replace("-", "_").rpartition(".")
     leaves: dict[str, list[str]] = {}
@@ -156,6 +156,9 @@ def suggest(key: str, known: Collection[str]) -> str:
 
     if leaf in leaves:
         return f" Did you mean '{here_first(leaves[leaf])}'?"
+    own = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == section]
+    if section and (near := difflib.get_close_matches(leaf, own, n=1, cutoff=0.85)):
+        return f" Did you mean '{section}.{near[0]}'?"
     if leaf in SYNONYMS and SYNONYMS[leaf] in known:
         return f" Did you mean '{SYNONYMS[leaf]}'?"
     if leaf in ABSENT:
@@ -164,7 +167,6 @@ def suggest(key: str, known: Collection[str]) -> str:
     near = difflib.get_close_matches(leaf, sections, n=1, cutoff=0.7)
     if near and not section:
         return f" Did you mean the section '{near[0]}'?"
-    own = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == section]
     for pool in (own, list(leaves)):
         near = difflib.get_close_matches(leaf, pool, n=1, cutoff=0.6)
         if near:

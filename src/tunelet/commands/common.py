@@ -170,7 +170,7 @@ def open_tokenizer(model: str, template: str | None = None) -> tuple[Any, Any]:
 
 
 def open_engine(model: str, *, device: str, dtype: str, trust: bool, template: str | None) -> Any:
-    """A TorchEngine for a model, a run or an adapter. The tokenizer first: its mistakes show without loading weights."""
+    """A TorchEngine of a model, a run or adapter. The tokenizer first: its mistakes show without loading weights."""
     choice_of("--device", device, ("auto", "cpu", "cuda", "mps"))
     choice_of("--dtype", dtype, ("auto", "float32", "bfloat16"))
     tokenizer, renderer = open_tokenizer(model, template)

@@ -27,7 +27,7 @@ from tunelet.errors import TuneletError, did_you_mean
 def demo(out: Out = None, sets: Sets = None, json_to: Json = None) -> None:
     """Align the model that ships with tunelet and show before and after. Needs no network and a few minutes.
 
-    The run goes to runs/starter; to runs/starter-2, ... where finished runs are. The same command after a crash goes on.
+    The run goes to runs/starter; to runs/starter-2, ... after finished runs. The same command after a crash goes on.
     """
     _align("starter", out, sets, json_to)
 
@@ -104,7 +104,7 @@ def _resume(folder: Path, console: Any, json_to: str | None) -> None:
     if run.status == "finished":
         raise TuneletError(
             f"{folder}: this run is finished, there is nothing to go on with",
-            fix=f"train further from it with: tunelet train {run.recipe().method} --model {folder} --out ANOTHER_FOLDER",
+            fix=f"train further from it with: tunelet train {run.recipe().method} --model {folder} --out OTHER",
         )
     console.print(f"[bold]Going on with the {run.status} run in {folder}[/]")
     _train(run.recipe(), folder, run.origins(), console, json_to)
