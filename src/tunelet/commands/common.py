@@ -78,7 +78,7 @@ def write_json(figures: Mapping[str, Any] | Sequence[Any], json_to: str | None) 
     """Write the figures where `--json` says; nothing without it. NaN and infinities become null."""
     if json_to is None:
         return
-    from tunelet.runs.record import finite, write_atomically
+    from tunelet.runs.files import finite, write_atomically
 
     text = json.dumps(finite(figures), ensure_ascii=False, indent=1, default=str) + "\n"
     if json_to == "-":
@@ -179,4 +179,5 @@ def open_engine(model: str, *, device: str, dtype: str, trust: bool, template: s
     from tunelet.models import load
 
     choice = devices.choose(device, dtype)
+    devices.apply(choice)
     return TorchEngine(load.load_model(model, choice, trust_remote_code=trust), tokenizer, renderer)

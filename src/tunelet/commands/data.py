@@ -157,7 +157,7 @@ def render(
     else:
         ids = list(_tokens(example, renderer).ids)
         text = renderer.string(example.messages, example.tools) if hasattr(example, "messages") else example.text
-    pieces = [tokenizer.decode([token]) for token in ids]
+    pieces = [tokenizer.decode([int(token)]) for token in ids]
     if json_to != "-":
         console.print(f"{example.origin}: {len(ids)} tokens\n", style="bold", markup=False)
         console.print(text, markup=False)
@@ -177,33 +177,35 @@ def mask(
     format: Format = "auto",
     columns: Columns = None,
     system: System = "",
+    ids: Annotated[bool, typer.Option("--ids", help="A line a token: place, id, trained or not, role.")] = False,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Also write it as a page.")] = None,
     json_to: Json = None,
 ) -> None:
-    """One row in colour: which tokens are trained (green, underlined) and which are only read."""
+    """One row in colour: which tokens are trained (green, in [[ ]]) and which are only read."""
     console = open_console(json_to)
+    if html is not None:
+        _free_file(html)
     example = _row(source, row, want, format, columns, system)
     tokenizer, renderer = open_tokenizer(model, template)
     tokens = _tokens(example, renderer)
-    runs = _runs(tokens, tokenizer)
-    if json_to != "-":
-        from rich.text import Text
+    from tunelet.data import show
 
-        text = Text()
-        for trained, piece in runs:
-            text.append(piece, style="bold green underline" if trained else "dim")
-        console.print(
-            f"{example.origin}: {tokens.trained} of {len(tokens.ids)} tokens are trained\n", style="bold", markup=False
-        )
-        console.print(text)
-        if not console.is_terminal:  # colours do not reach a file or a pipe
-            console.print("\n" + "".join(f"[[{piece}]]" if trained else piece for trained, piece in runs), markup=False)
+    if json_to != "-":
+        console.print(show.summary(tokens) + "\n", style="bold", markup=False)
+        console.print(show.terminal(tokens, tokenizer, ids=ids))
+    if html is not None:
+        from tunelet.runs.files import write_atomically
+
+        write_atomically(html, show.page([tokens], tokenizer))
+        console.print(f"Wrote {html}", markup=False)
     figures = {"row": str(example.origin), "tokens": len(tokens.ids), "trained": tokens.trained}
     figures |= {
         "ids": [int(i) for i in tokens.ids],
         "mask": [bool(m) for m in tokens.mask],
         "spans": list(tokens.spans),
     }
-    write_json(figures | {"text": [{"trained": trained, "text": piece} for trained, piece in runs]}, json_to)
+    pieces = [{"text": p.text, "trained": p.trained, "role": p.role} for p in show.pieces(tokens, tokenizer)]
+    write_json(figures | {"pieces": pieces}, json_to)
 
 
 # --- helpers -----------------------------------------------------------------------------------------------------
@@ -225,17 +227,6 @@ def _row(source: str, row: int, want: str, format: str, columns: list[str] | Non
 
 def _tokens(example: Any, renderer: Any) -> Any:
     return renderer.chat(example) if hasattr(example, "messages") else renderer.text(example)
-
-
-def _runs(tokens: Any, tokenizer: Any) -> list[tuple[bool, str]]:
-    """Neighbouring tokens of one kind together, decoded as one text (a letter may be several tokens)."""
-    runs: list[tuple[bool, list[int]]] = []
-    for number, (token, trained) in enumerate(zip(tokens.ids, tokens.mask, strict=True)):
-        trained = bool(trained) and number > 0
-        if not runs or runs[-1][0] != trained:
-            runs.append((trained, []))
-        runs[-1][1].append(int(token))
-    return [(trained, tokenizer.decode(ids)) for trained, ids in runs]
 
 
 def example_row(example: Example) -> dict[str, Any]:
@@ -291,6 +282,6 @@ def _free_file(file: Path) -> None:
 
 def _write_jsonl(file: Path, rows: Iterable[dict[str, Any]]) -> None:
     """All rows or no file: a half-written one could be taken for the whole."""
-    from tunelet.runs.record import write_atomically
+    from tunelet.runs.files import write_atomically
 
     write_atomically(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

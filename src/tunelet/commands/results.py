@@ -30,9 +30,7 @@ def evaluate(
     task: Annotated[
         str, typer.Option(metavar="T", help="starter: does it do what is asked? loss: held-out loss of --data.")
     ] = "starter",
-    data: Annotated[
-        list[str] | None, typer.Option("--data", metavar="D", help="Held-out rows of task loss.")
-    ] = None,
+    data: Annotated[list[str] | None, typer.Option("--data", metavar="D", help="Held-out rows of task loss.")] = None,
     items: Annotated[int, typer.Option(min=1, help="starter: held-out commands in each language.")] = 500,
     limit: Annotated[int, typer.Option(min=0, help="loss: score the first so many rows; 0: all.")] = 200,
     max_length: Annotated[int, typer.Option(min=8, help="loss: tokens of a row.")] = 1024,
