@@ -1,4 +1,96 @@
-"""What is wrong, odd or worth knowing about rows: findings with row, severity and fix.
+"""What is wrong or odd about rows, each finding with its row, severity and fix; and a mended copy of the rows.
+
+Not for rows that cannot be read or converted: sources.py and formats.py say so. The checks are in doctor_rows.py (one
+row), doctor_corpus.py (all rows) and doctor_tokens.py (a tokenizer and template); the rules of mending in doctor_fix.py.
 """
-def check(examples, renderer=None, max_length=0):
-    return []
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from tunelet.data import doctor_corpus, doctor_rows
+from tunelet.data.examples import Example, Finding
+
+
+def check(examples: Sequence[Example], renderer: Any = None, max_length: int = 0) -> list[Finding]:
+    """All findings about `examples`, in the order of the rows; with a Renderer also what its tokenizer and template do.
+
+    `max_length` in tokens (0: not checked) needs the renderer.
+    """
+    return [finding for _, finding in numbered(examples, renderer, max_length)]
+
+
+def numbered(examples: Sequence[Example], renderer: Any = None, max_length: int = 0) -> list[tuple[int, Finding]]:
+    """As `check`, each finding with the index of its example (-1: about the tokenizer, not a row)."""
+    said = [(index, seen) for index, example in enumerate(examples) for seen in doctor_rows.look(example)]
+    said += doctor_corpus.look_at_all(examples)
+    said = _systematic(said, len(examples))
+    out = [(i, Finding(seen.kind, seen.severity, seen.message, examples[i].origin, seen.fix)) for i, seen in said]
+    if renderer is not None:
+        from tunelet.data import doctor_tokens
+
+        out += doctor_tokens.look(examples, renderer, max_length)
+    return sorted(out, key=lambda item: item[0])
+
+
+def _systematic(said: list[tuple[int, doctor_rows.Said]], rows: int) -> list[tuple[int, doctor_rows.Said]]:
+    """White space at the ends: an accident where it is rare (a warning), a habit of the corpus where it is not (info)."""
+    spaced = {index for index, seen in said if seen.kind == "whitespace"}
+    if len(spaced) > 0.01 * rows:
+        return said
+    return [(i, seen._replace(severity="warning") if seen.kind == "whitespace" else seen) for i, seen in said]
+
+
+def fix(
+    examples: Sequence[Example], findings: Sequence[Finding] = (), renderer: Any = None, max_length: int = 0
+) -> tuple[list[Example], list[Finding]]:
+    """A mended copy of the rows, and one note for each thing that was done and how often.
+
+    `findings` are those of loading and checking: rows that could not be converted are told in the notes too. Checks and
+    mends until no error or warning is left: a mend may bring out something else (two rows become equal).
+    """
+    from tunelet.data.doctor_fix import DROPS, MENDS, mended
+    from tunelet.data.shapes import Bad, checked_chat
+
+    there = {example.origin for example in examples}
+    lost = Counter(f.kind for f in findings if f.severity == "error" and f.origin is not None and f.origin not in there)
+    dropped: Counter[str] = Counter()
+    changed: Counter[str] = Counter()
+    rows = list(examples)
+    last = 8  # a row that still has something after so many rounds is dropped
+    for attempt in range(last + 1):
+        faults: dict[int, set[str]] = {}
+        for index, finding in numbered(rows, renderer, max_length):
+            if index >= 0 and (finding.severity != "info" or finding.kind in MENDS):
+                faults.setdefault(index, set()).add(finding.kind)
+        if not faults:
+            break
+        kept: list[Example] = []
+        for index, example in enumerate(rows):
+            if index not in faults:
+                kept.append(example)
+                continue
+            result = mended(example, faults[index])
+            if not isinstance(result, str) and (result[0] == example or attempt == last):
+                result = sorted(faults[index])[0]  # the mend did not help
+            if isinstance(result, str):
+                dropped[result] += 1
+                continue
+            try:
+                if hasattr(result[0], "messages"):
+                    checked_chat(result[0].messages)
+            except Bad as bad:
+                dropped[bad.kind] += 1
+                continue
+            changed.update(result[1])
+            kept.append(result[0])
+        rows = kept
+    notes = [Finding(kind, "info", f"{count} rows: {MENDS[kind][1]}") for kind, count in sorted(changed.items())]
+    for kind, count in sorted(dropped.items()):
+        because = DROPS.get(kind, "it could not be mended")
+        notes.append(Finding(kind, "info", f"{count} rows dropped: {because}"))
+    for kind, count in sorted(lost.items()):
+        notes.append(Finding(kind, "info", f"{count} rows left out: they cannot be used as they are"))
+    return rows, notes

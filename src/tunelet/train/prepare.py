@@ -10,11 +10,12 @@ import hashlib
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunelet.data import formats
+from tunelet.data.doctor_tokens import cut, truncation
 from tunelet.data.examples import Chat, Example, Finding, Text, Tokens
 from tunelet.errors import TuneletError
 from tunelet.recipe import Recipe
@@ -247,43 +248,6 @@ def _in_order(examples: Sequence[Example], made: Iterable[Tokens]) -> list[Token
     for number, example in enumerate(examples):
         place.setdefault(example.origin, number)
     return sorted(made, key=lambda row: place[row.origin])
-
-
-def cut(row: Tokens, length: int) -> Tokens:
-    """The first `length` tokens of a row, with the spans of those."""
-    if len(row.ids) <= length:
-        return row
-    spans = tuple((start, min(end, length), role) for start, end, role in row.spans if start < length)
-    return replace(row, ids=row.ids[:length], mask=row.mask[:length], spans=spans)
-
-
-def truncation(row: Tokens, short: Tokens, length: int) -> Finding | None:
-    """What cutting a row to `length` tokens did to its answer: lost it (error), shortened it (warning), or nothing."""
-    if not short.trained:
-        if not row.trained:
-            return Finding(
-                "nothing_trained",
-                "error",
-                "the chat template leaves no token of the answer to train on",
-                row.origin,
-                "look at the row with `tunelet data mask`, or give another template: --set model.chat_template=FILE",
-            )
-        return Finding(
-            "truncated_answer",
-            "error",
-            f"the answer begins after token {length}: nothing of it is left ({len(row.ids)} tokens in all)",
-            row.origin,
-            f"raise data.max_length (this row: {len(row.ids)}), or shorten the prompt",
-        )
-    if short.trained < row.trained:
-        return Finding(
-            "cut_short",
-            "warning",
-            f"{row.trained - short.trained} of {row.trained} trained tokens lie beyond token {length}, its end too",
-            row.origin,
-            f"raise data.max_length (this row: {len(row.ids)}), or split the row",
-        )
-    return None
 
 
 # What is said ------------------------------------------------------------------------------------------------------
