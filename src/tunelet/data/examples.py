@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a row came from. `line` is the line of the file for line formats, else the 1-based row (`unit` says which)."""
+    """Where a row came from. `line` is the line of the file for line formats, else the 1-based row (`unit` says)."""
 
     file: str
     line: int
@@ -26,7 +26,8 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn. `weight` 0 keeps the turn in the context and out of the loss; `thinking` is the reasoning before the content."""
+    """One turn. `weight` 0 keeps the turn in the context and out of the loss; `thinking` is what came before the
+    content."""
 
     role: str
     content: str
@@ -94,7 +95,8 @@ Example = Chat | Preference | Labelled | Text
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something the checks saw. `severity`: "error" (the row cannot be trained on), "warning" (it can, but look), "info"."""
+    """Something the checks saw. `severity`: "error" (the row cannot be trained on), "warning" (it can, but look),
+    "info"."""
 
     kind: str
     severity: str
@@ -117,7 +119,8 @@ class Counts:
 
     def __post_init__(self) -> None:
         if self.rows_in != self.examples_out + sum(self.dropped.values()):
-            raise AssertionError(f"counts do not add up: {self.rows_in} in, {self.examples_out} out, dropped {self.dropped}")
+            counts = f"{self.rows_in} in, {self.examples_out} out, dropped {self.dropped}"
+            raise AssertionError(f"counts do not add up: {counts}")
 
     def as_dict(self) -> dict[str, Any]:
         return {"rows_in": self.rows_in, "examples_out": self.examples_out, "dropped": dict(self.dropped)}
@@ -126,9 +129,9 @@ class Counts:
 @dataclass(frozen=True, slots=True)
 class Tokens:
     """A rendered example. `mask[i]` says whether token i is a target (is trained). `spans` name stretches of tokens:
-    (start, end, role), end exclusive, in order and without overlap; together they cover all ids. The role is that of the
-    message the tokens were printed for, "template" where it was for none, "text" for plain text. Plain texts and windows
-    hold numpy arrays (int32 ids, bool masks) in place of the tuples: millions of tokens stay at 4 bytes each."""
+    (start, end, role), end exclusive, in order and without overlap; together they cover all ids. The role is that of
+    the message the tokens were printed for, "template" where it was for none, "text" for plain text. Plain texts and
+    windows hold numpy arrays (int32 ids, bool masks) in place of the tuples: a token then takes 4 bytes."""
 
     ids: tuple[int, ...]
     mask: tuple[bool, ...]
@@ -138,7 +141,8 @@ class Tokens:
     @property
     def trained(self) -> int:
         """How many tokens are targets. The first token never is: nothing predicts it."""
-        return int(sum(self.mask[1:])) if isinstance(self.mask, tuple) else int(self.mask[1:].sum())
+        mask = self.mask[1:]
+        return int(mask.sum()) if hasattr(mask, "sum") else sum(mask)
 
 
 @dataclass(frozen=True)

@@ -139,12 +139,15 @@ class Template:
         found = {i: [(a, b) for a, b, owner in trace.segments if owner == i] for i in speakers}
         if not all(len(parts) == 1 for parts in found.values()):
             return self._by_prefix(trace, messages, tools)
-        starts = {i: a + self._header(trace.text[a:b], messages, i, tools) for i, [(a, b)] in found.items()}
+        starts = {i: a + self._header(trace.text, a, b, messages, i, tools) for i, [(a, b)] in found.items()}
         return trace, starts, {i: b for i, [(_, b)] in found.items()}
 
-    def _header(self, turn: str, messages: Sequence[Json], i: int, tools: list[Json] | None) -> int:
-        """How many characters of an assistant's turn the generation prompt writes."""
-        prompt = self._prompt(messages, i, tools)
+    def _header(
+        self, text: str, start: int, end: int, messages: Sequence[Json], i: int, tools: list[Json] | None
+    ) -> int:
+        """How many characters of the assistant's turn text[start:end] the generation prompt writes."""
+        turn = text[start:end]
+        prompt = self._prompt(text[:start], messages, i, tools)
         if turn.startswith(prompt):
             return len(prompt)
         # The prompt opens something this turn does not have: "<think>" where the thinking was left out, or an empty
@@ -160,14 +163,23 @@ class Template:
                 return shared
         raise _unclear(f"message {i + 1} is the assistant's and does not begin with the generation prompt {prompt!r}")
 
-    def _prompt(self, messages: Sequence[Json], i: int, tools: list[Json] | None) -> str:
-        """The generation prompt before message i."""
+    def _prompt(self, history: str, messages: Sequence[Json], i: int, tools: list[Json] | None) -> str:
+        """What the generation prompt adds to the history of message i."""
         if i:
             try:
-                return self.trace(messages[:i], tools, prompt=True).tail
+                asked = self.trace(messages[:i], tools, prompt=True).text
             except TuneletError:
-                pass  # some templates refuse a conversation that has no user's turn yet: ask behind the whole
-        return self.trace(messages, tools, prompt=True).tail
+                asked = None  # some templates refuse a conversation without a user's turn: ask behind the whole
+            if asked is not None and asked.startswith(history):
+                return asked[len(history) :]
+        # The history reads differently when it stands alone (Mistral puts tools into the last question): compare it
+        # with itself.
+        known = messages[:i] if i and asked is not None else messages
+        asked, plain = self.trace(known, tools, prompt=True).text, self.trace(known, tools)
+        for rest in (plain.text, plain.text[: len(plain.text) - len(plain.tail)]):
+            if asked.startswith(rest):
+                return asked[len(rest) :]
+        raise _unclear(f"with a generation prompt it prints something else before message {i + 1}")
 
     def _by_prefix(
         self, trace: Trace, messages: Sequence[Json], tools: list[Json] | None
