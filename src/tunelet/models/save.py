@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +11,32 @@ from typing import Any
 def save(model: Any, tokenizer: Any, folder: Path, dtype: str | None = None) -> None:
     """Write weights (safetensors), configuration, generation settings, tokenizer and chat template into `folder`.
 
-    dtype: "float32", "bfloat16" or "float16", what the weights are stored in (None: as they are). An adapter is written in peft's own
-    format, in float32. Ids that end a turn are the tokenizer's and the model's generation settings': both travel along.
+    dtype: "float32", "bfloat16" or "float16", what the weights are stored in; None: as they are. Converts the model in place.
+    An adapter is written in peft's own format. Raises OSError where the disk fails.
     """
     import torch
+    from safetensors import SafetensorError
+    from transformers.utils import logging
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if hasattr(model, "peft_config"):
-        model.save_pretrained(folder, safe_serialization=True)
-    else:
-        if dtype is not None:
-            model = model.to(getattr(torch, dtype))
-        model.save_pretrained(folder, safe_serialization=True)
+    if dtype is not None and not hasattr(model, "peft_config"):
+        model = model.to(getattr(torch, dtype))
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model.save_pretrained(folder)
+    except SafetensorError as error:
+        raise disk_error(error) from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's empty card
+
+
+def disk_error(error: Exception) -> Exception:
+    """safetensors hides the number that says what is wrong with the disk in its text: the OSError it stands for, or the error itself."""
+    number = re.search(r"os error (\d+)", str(error))
+    return error if number is None else OSError(int(number[1]), os.strerror(int(number[1])))

@@ -41,13 +41,12 @@ def _write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    from tunelet.models.save import disk_error
+
     try:
         save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, path)
-    except SafetensorError as error:  # safetensors hides the number that says what is wrong with the disk in its text
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), str(error)) from error
+    except SafetensorError as error:
+        raise disk_error(error) from error
 
 
 def steps(run: Run) -> list[int]:

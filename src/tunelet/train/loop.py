@@ -146,7 +146,7 @@ def train(
             for batch in batches:
                 part = loss_of(model, batch, targets)
                 part.backward()
-                loss += float(part)
+                loss += float(part.detach())
                 if len(batches) > 1:
                     optimizer.accumulate()
             rate = schedule.learning_rate(
@@ -179,7 +179,7 @@ def train(
     if settings.early_stopping and now.best_step:
         optimizer.load_weights(checkpoint.load(run, checkpoint.BEST)[0])
         now.held_out_loss = now.best_loss
-    optimizer.settle()
+    optimizer.finish(torch.float32)
     model.eval()
     return Trained(now.step, now.best_loss, now.held_out_loss, now.tokens, now.seconds, device.peak_mb(choice.device))
 

@@ -146,6 +146,13 @@ class AdamW:
             if bucket.low:
                 bucket.write(bucket.master)
 
+    @torch.no_grad()
+    def finish(self, dtype: torch.dtype) -> None:
+        """Turn the parameters into the master, rounded to `dtype`: the last thing done with this optimizer."""
+        for bucket in self.buckets:
+            for p, part in zip(bucket.parameters, bucket.master.split(bucket.sizes), strict=True):
+                p.data = part.view(p.shape).to(dtype)
+
     def weights(self) -> dict[str, torch.Tensor]:
         """The fp32 weights by parameter name: views of the master."""
         return self._named("master")

@@ -6,8 +6,7 @@ Not for loading tokenizers (data/render.py) and not for adding tokens to one tha
 from __future__ import annotations
 
 from collections.abc import Iterable
-
-from transformers import PreTrainedTokenizerFast
+from pathlib import Path
 
 from tunelet.errors import TuneletError
 
@@ -19,12 +18,14 @@ CHAT_TEMPLATE = (
 )
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int = 2048) -> PreTrainedTokenizerFast:
-    """A tokenizer of at most `vocab_size` entries. Any byte can be encoded; every digit is a token of its own.
+def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> Path:
+    """Train a tokenizer of at most `vocab_size` entries and save it as `folder`, whole or not at all. Returns `folder`.
 
-    eos and pad are <|endoftext|>; there is no bos. Raises TuneletError where there is no text or no room for the 256 bytes.
+    Any byte can be encoded; every digit is a token of its own. eos and pad are <|endoftext|>; there is no bos.
+    Raises TuneletError where there is no text or no room for the 256 bytes.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
 
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     least = len(SPECIAL) + len(alphabet)
@@ -47,7 +48,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int = 204
     core.train_from_iterator(checked(), trainer)
     if not seen:
         raise TuneletError("The tokenizer cannot be trained.", why="there is no text to train it on", fix="Give text in data.train.")
-    return PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core, eos_token=SPECIAL[0], pad_token=SPECIAL[0], additional_special_tokens=list(SPECIAL[1:]),
-        chat_template=CHAT_TEMPLATE, clean_up_tokenization_spaces=False, model_max_length=max_length,
+        chat_template=CHAT_TEMPLATE, clean_up_tokenization_spaces=False,
     )  # fmt: skip
+    temporary = folder.with_name(f".tmp-{folder.name}")
+    tokenizer.save_pretrained(temporary)
+    if folder.is_dir():
+        folder.rmdir()  # an empty one made by the caller
+    temporary.rename(folder)
+    return folder

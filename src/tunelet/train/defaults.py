@@ -1,0 +1,24 @@
+"""The learning rate where the recipe leaves it to us (train.learning_rate = 0), with the source of each figure. Not the schedule.
+
+Full fine-tuning and first training: alignment-handbook's smollm and smollm2 SFT recipes use 1e-3 for 135M and 360M and 3e-4 for 1.7B with
+128 rows a step; SmolLM2's report (arXiv:2502.02737) trains 135M and 360M at 3e-3 and 1.7B at 5e-4. Ours are lower where steps have
+8 rows instead of 128 (square-root scaling). Under 50M: trials on the starter (docs/notebook.md).
+LoRA: about ten times the rate of full tuning (Schulman et al., "LoRA Without Regret", 2025), with a ceiling of 2e-3.
+"""
+
+from __future__ import annotations
+
+# (parameters below, rate)
+FULL = ((50e6, 1e-3), (500e6, 3e-4), (float("inf"), 5e-5))
+FROM_RANDOM = ((50e6, 2e-3), (500e6, 1e-3), (float("inf"), 5e-4))
+LORA_FACTOR, LORA_CEILING = 10, 2e-3
+
+
+def learning_rate(method: str, adapter: str, parameters: int, from_random: bool) -> tuple[float, str]:
+    """(peak learning rate, where it comes from)."""
+    table = FROM_RANDOM if from_random else FULL
+    rate = next(rate for below, rate in table if parameters < below)
+    if adapter == "lora":
+        rate = min(LORA_CEILING, LORA_FACTOR * rate)
+    kind = "from random weights" if from_random else "LoRA" if adapter == "lora" else "full"
+    return rate, f"default for {method}, {kind}, {parameters / 1e6:.3g}M parameters"

@@ -1,0 +1,157 @@
+"""One training from recipe to saved model: check the data, load the model, train, save, mark the run DONE or FAILED.
+
+Not the loop (train/loop.py) and not the before and after of `tunelet align` (align.py), which uses `load_for_training` and `finish`.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunelet.errors import TuneletError
+from tunelet.recipe import Recipe
+from tunelet.runs.record import Run, is_run
+from tunelet.train import defaults
+from tunelet.train.progress import Interrupted
+
+if TYPE_CHECKING:
+    from tunelet.models.device import Choice
+    from tunelet.train.loop import Trained
+    from tunelet.train.prepare import Prepared
+
+TOKENIZER = "tokenizer"  # folder of the run that holds a tokenizer trained for it
+
+
+def run_training(recipe: Recipe, out: Path, *, origins: Mapping[str, str] | None = None, console: Any) -> Run:
+    """Train as `recipe` says, into the run folder `out`.
+
+    The same call on an unfinished run goes on with it. Raises TuneletError on a user's mistake (a finished run, another recipe's run, bad
+    data, ...), Interrupted after Ctrl-C. A mistake found before training starts leaves no folder behind.
+    """
+    recipe, origins = resolve(recipe, origins or {})
+    run, prepared = open_run(recipe, out, origins)
+    with record_failure(run):
+        choice = choose(recipe, run, console)
+        model = load_for_training(recipe, prepared, choice)
+        trained = train_and_save(recipe, run, prepared, model, choice, console)
+        run.done(**figures(trained))
+    console.print(f"Saved {run.model_folder()}.", markup=False, highlight=False)
+    return run
+
+
+def resolve(recipe: Recipe, origins: Mapping[str, str]) -> tuple[Recipe, dict[str, str]]:
+    """The recipe with every value that depends on the model filled in, and the origin of each."""
+    recipe, origins = recipe.model_copy(deep=True), dict(origins)
+    if not recipe.train.learning_rate:
+        rate, why = defaults.learning_rate(recipe.method, recipe.adapter.kind, _parameters(recipe), recipe.model.path == "")
+        recipe.train.learning_rate = rate
+        origins["train.learning_rate"] = why
+    return recipe, origins
+
+
+def _parameters(recipe: Recipe) -> int:
+    from tunelet.models import load, weights
+
+    if recipe.model.path:
+        return weights.count_parameters(load.resolve(recipe.model.path))
+    model = load.new_model(recipe.model.architecture, recipe.tokenizer.vocab_size, {}, seed=0)
+    return sum(p.numel() for p in model.parameters())
+
+
+def open_run(recipe: Recipe, out: Path, origins: Mapping[str, str]) -> tuple[Run, Prepared]:
+    """The run in `out` and its data, checked. A new run's folder is made only once its data is found to be good."""
+    from tunelet.train.prepare import prepare
+
+    out = Path(out)
+    if is_run(out):
+        run, _ = Run.open_or_create(out, recipe, origins)
+        if run.status == "finished":
+            raise TuneletError(f"{out}: this run is finished.", why="a run is never written over", fix=f"Look at it with: tunelet report {out}; or choose another --out.")
+        prepared = prepare(recipe, run.folder / TOKENIZER)
+        run.going_on()
+    else:
+        with tempfile.TemporaryDirectory(prefix="tunelet-") as scratch:
+            made = Path(scratch) / TOKENIZER
+            prepared = prepare(recipe, made)
+            run = Run.create(out, recipe, origins)
+            if made.is_dir():
+                with run.folder_in_the_making(TOKENIZER) as folder:
+                    shutil.copytree(made, folder, dirs_exist_ok=True)
+    run.write_json("data.json", prepared.data_json)
+    return run, prepared
+
+
+def choose(recipe: Recipe, run: Run, console: Any) -> Choice:
+    """Device, dtype and threads of this run: a run that goes on keeps those it began with, because other ones would round differently."""
+    from tunelet.models import device
+
+    choice = device.choose(recipe.model.device, recipe.model.dtype, recipe.model.threads)
+    began = (run.read_json("env.json") or {}).get("choice")
+    if began and began["device"] == choice.device:
+        choice = device.Choice(**began)
+    device.apply(choice)
+    run.write_env(choice)
+    console.print(f"{choice.device}, {choice.dtype} ({choice.reasons['dtype']}), {choice.threads} threads", markup=False, highlight=False)
+    return choice
+
+
+def load_for_training(recipe: Recipe, prepared: Prepared, choice: Choice) -> Any:
+    """The model of the recipe, ready to train: random weights, a checkpoint, a checkpoint with a new adapter, or an adapter to train on."""
+    from tunelet.models import adapters, load
+
+    tokenizer = prepared.tokenizer
+    if not recipe.model.path:
+        ids = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
+        return load.new_model(recipe.model.architecture, len(tokenizer), ids, recipe.train.seed, choice)
+    model = load.load_model(recipe.model.path, choice, trust_remote_code=recipe.model.trust_remote_code, trainable=True)
+    load.check_tokenizer(model, tokenizer, recipe.model.path)
+    if hasattr(model, "peft_config"):
+        adapters.train_on(model, recipe.adapter, recipe.model.path)
+    elif recipe.adapter.kind == "lora":
+        model = adapters.add(model, recipe.adapter, recipe.train.seed)
+    return model
+
+
+def train_and_save(recipe: Recipe, run: Run, prepared: Prepared, model: Any, choice: Choice, console: Any) -> Trained:
+    """Train (or go on), write model/ or adapter/, and plan.json's actual figures. The model is the trained one afterwards."""
+    from tunelet.models import load, save, weights
+    from tunelet.train import loop
+
+    trained = loop.train(
+        recipe, run, model=model, tokenizer=prepared.tokenizer, train_rows=prepared.train_rows, eval_rows=prepared.eval_rows, choice=choice, console=console
+    )
+    adapter = hasattr(model, "peft_config")
+    dtype = None if adapter else weights.stored_dtype(load.resolve(recipe.model.path)) if recipe.model.path else choice.dtype
+    with run.folder_in_the_making("adapter" if adapter else "model") as folder:
+        save.save(model, prepared.tokenizer, folder, dtype)
+    run.actual({"seconds": trained.seconds, "peak_mb": trained.peak_mb, "disk_mb": run.disk_mb()})
+    return trained
+
+
+def figures(trained: Trained) -> dict[str, Any]:
+    """What DONE says of the training."""
+    return {
+        "steps": trained.steps, "held_out_loss": trained.held_out_loss, "best_loss": trained.best_loss,
+        "tokens": trained.tokens, "seconds": trained.seconds, "peak_mb": trained.peak_mb,
+    }  # fmt: skip
+
+
+class record_failure:
+    """`with record_failure(run):` an error inside is written to FAILED.json. A stop that can be resumed is no failure."""
+
+    def __init__(self, run: Run):
+        self.run = run
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is None or isinstance(error, (Interrupted, KeyboardInterrupt, SystemExit)):
+            return
+        try:
+            self.run.failed(error)
+        except TuneletError:  # the disk that failed the training fails this too; the first error is the one to show
+            return
