@@ -71,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _json_to_stdout(sys.argv[1:] if argv is None else list(argv))
         code = app(args=args, prog_name="tunelet", standalone_mode=False)
         sys.stdout.flush()
+        if code == 130:  # typer's own answer to Ctrl-C
+            return _tell("interrupted", 130)
         return code if isinstance(code, int) else 0
     except TuneletError as error:
         return _tell(str(error), error.exit_code)

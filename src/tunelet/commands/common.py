@@ -180,4 +180,6 @@ def open_engine(model: str, *, device: str, dtype: str, trust: bool, template: s
 
     choice = devices.choose(device, dtype)
     devices.apply(choice)
-    return TorchEngine(load.load_model(model, choice, trust_remote_code=trust), tokenizer, renderer)
+    loaded = load.load_model(model, choice, trust_remote_code=trust)
+    load.check_tokenizer(loaded, tokenizer, model)
+    return TorchEngine(loaded, tokenizer, renderer)

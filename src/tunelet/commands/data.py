@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,7 +22,7 @@ from tunelet.errors import TuneletError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tunelet.data.examples import Example, Finding
+    from tunelet.data.examples import Finding
     from tunelet.data.formats import Loaded
 
 SHOWN = 50  # findings printed; --json has them all
@@ -68,6 +66,8 @@ def convert(
     """Convert rows of any known format to one: rows in = examples out + rows dropped, each with its reason."""
     console = open_console(json_to)
     _free_file(out)
+    from tunelet.data.convert import write_jsonl
+
     loaded = _load(sources, want, format, columns, system, limit)
     counts = loaded.counts
     _print_findings(loaded.findings, console)
@@ -78,7 +78,7 @@ def convert(
             why=f"{counts.rows_in} rows in, dropped: {reasons}",
             fix="name the columns (--column prompt=Q --column completion=A), or the kind (--want text)",
         )
-    _write_jsonl(out, map(example_row, loaded.examples))
+    write_jsonl(loaded.examples, out)
     detected = ", ".join(f"{name} {number}" for name, number in loaded.formats.items())
     dropped = ", ".join(f"{reason} {number}" for reason, number in counts.dropped.items())
     console.print(f"Wrote {out}: {counts.examples_out} of {counts.rows_in} rows ({detected})", markup=False)
@@ -112,6 +112,7 @@ def doctor(
     if fix is not None:
         _free_file(fix)
     from tunelet.data import doctor as checks
+    from tunelet.data.convert import write_jsonl
 
     loaded = _load(sources, want, format, columns, system, limit)
     renderer = None if model is None else open_tokenizer(model, template)[1]
@@ -122,8 +123,8 @@ def doctor(
     _print_findings(findings, console)
     console.print(f"{loaded.counts.rows_in} rows, {errors} errors, {warnings} warnings")
     if fix is not None:
-        mended, notes = checks.fix(loaded.examples, findings)
-        _write_jsonl(fix, map(example_row, mended))
+        mended, notes = checks.fix(loaded.examples, findings, renderer, max_length)
+        write_jsonl(mended, fix)
         _print_findings(notes, console)
         console.print(f"Wrote {fix}: {len(mended)} rows", markup=False)
         figures |= {"fixed": str(fix), "rows_out": len(mended), "mended": [finding_row(note) for note in notes]}
@@ -229,27 +230,6 @@ def _tokens(example: Any, renderer: Any) -> Any:
     return renderer.chat(example) if hasattr(example, "messages") else renderer.text(example)
 
 
-def example_row(example: Example) -> dict[str, Any]:
-    """An example as a row of JSONL, which `formats.load` reads back to an equal example."""
-    from tunelet.data.examples import Chat, Labelled, Message, Text
-
-    def turns(messages: Iterable[Message]) -> list[dict[str, Any]]:
-        return [m.as_dict() | ({} if m.weight == 1 else {"weight": m.weight}) for m in messages]
-
-    if isinstance(example, Text):
-        return {"text": example.text}
-    tools = {"tools": list(example.tools)} if example.tools else {}
-    if isinstance(example, Chat):
-        return {"messages": turns(example.messages)} | tools
-    if isinstance(example, Labelled):
-        return {
-            "prompt": turns(example.prompt),
-            "completion": turns(example.completion),
-            "label": example.label,
-        } | tools
-    return {k: turns(getattr(example, k)) for k in ("prompt", "chosen", "rejected")} | tools
-
-
 def finding_row(finding: Finding) -> dict[str, Any]:
     origin = finding.origin
     return {
@@ -278,10 +258,3 @@ def _free_file(file: Path) -> None:
         )
     if not file.parent.is_dir():
         raise TuneletError(f"{file}: there is no folder {file.parent}", fix="make it, or choose another file")
-
-
-def _write_jsonl(file: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """All rows or no file: a half-written one could be taken for the whole."""
-    from tunelet.runs.files import write_atomically
-
-    write_atomically(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

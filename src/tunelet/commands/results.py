@@ -1,9 +1,10 @@
-"""The verbs about results: eval (score a model), report (write a run's page)."""
+"""The verbs about results: eval (score a model), report (write a run's page). Scoring is done in `evals/`."""
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,28 +16,42 @@ from tunelet.commands.common import (
     Template,
     Trust,
     choice_of,
+    column_map,
     open_console,
+    open_engine,
     write_json,
 )
+from tunelet.errors import TuneletError
 
-TASKS = ("starter", "loss")
+if TYPE_CHECKING:
+    from rich.console import Console
+
+TASKS = ("starter", "held_out")
 RunOrModel = Annotated[
-    str, typer.Argument(metavar="RUN_OR_MODEL", help="A run's folder, starter, a model folder or a hub id.")
+    str, typer.Argument(metavar="MODEL_OR_RUN", help="A run's folder, starter, a model folder or a hub id.")
 ]
 
 
 def evaluate(
     model: RunOrModel,
     task: Annotated[
-        str, typer.Option(metavar="T", help="starter: does it do what is asked? loss: held-out loss of --data.")
-    ] = "starter",
-    data: Annotated[list[str] | None, typer.Option("--data", metavar="D", help="Held-out rows of task loss.")] = None,
+        str | None,
+        typer.Option(
+            metavar="T",
+            help="starter: does it do what is asked? held_out: loss and stop rate on --data. "
+            "Default: held_out with --data, else starter.",
+        ),
+    ] = None,
+    data: Annotated[
+        list[str] | None, typer.Option("--data", metavar="D", help="held_out: rows kept from training.")
+    ] = None,
+    want: Annotated[str, typer.Option(help="held_out: rows are chat or text.")] = "chat",
     items: Annotated[int, typer.Option(min=1, help="starter: held-out commands in each language.")] = 500,
-    limit: Annotated[int, typer.Option(min=0, help="loss: score the first so many rows; 0: all.")] = 200,
-    max_length: Annotated[int, typer.Option(min=8, help="loss: tokens of a row.")] = 1024,
+    limit: Annotated[int, typer.Option(min=0, help="held_out: the first so many rows; 0: all.")] = 200,
+    max_length: Annotated[int, typer.Option(min=8, help="held_out: tokens of a row; longer ones are cut.")] = 1024,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered at the same time.")] = 64,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Which held-out commands of the starter are asked.")] = 0,
     columns: Columns = None,
     template: Template = None,
     device: Device = "auto",
@@ -46,8 +61,86 @@ def evaluate(
 ) -> None:
     """Score a model or a run; every figure with its 95 % interval."""
     console = open_console(json_to)
+    task = task or ("held_out" if data else "starter")
     choice_of("--task", task, TASKS)
-    raise NotImplementedError
+    if task == "held_out" and not data:
+        raise TuneletError("--task held_out: which rows?", fix="name rows that were not trained on: --data FILE")
+    if task == "starter" and data:
+        raise TuneletError("--task starter has its own items", fix="leave out --data, or take --task held_out")
+    loaded = _rows(data, want, columns, limit) if data else None  # its mistakes show before a model is loaded
+    started = time.monotonic()
+    engine = open_engine(model, device=device, dtype=dtype, trust=trust, template=template)
+    figures: dict[str, Any] = {"model": model, "task": task}
+    if loaded is None:
+        from tunelet.evals import starter
+
+        with _Bar(console, "Answering") as bar:
+            scored = starter.evaluate(
+                engine, items=items, seed=seed, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=bar.at
+            )
+        metrics, answered = scored.metrics, scored.items
+    else:
+        metrics, answered = _held_out(engine, loaded, max_length, max_new_tokens, batch_size)
+    for name, found in metrics.items():
+        console.print(
+            f"{name:<20} {found['value']:8.3f}   {found['low']:.3f} to {found['high']:.3f}   n = {found['n']}"
+        )
+    write_json(figures | {"metrics": metrics, "seconds": time.monotonic() - started, "items": answered}, json_to)
+
+
+def _rows(data: list[str], want: str, columns: list[str] | None, limit: int) -> list[Any]:
+    from tunelet.data import formats
+
+    choice_of("--want", want, ("chat", "text"))
+    loaded = formats.load(data, want=want, columns=column_map(columns), limit=limit, split="test")
+    errors = [str(finding) for finding in loaded.findings if finding.severity == "error"]
+    if errors or not loaded.examples:
+        listed = "\n".join(errors[:20]) + (f"\n... and {len(errors) - 20} more" if len(errors) > 20 else "")
+        raise TuneletError(
+            f"{', '.join(data)}: {len(errors)} rows can't be scored\n{listed}"
+            if errors
+            else f"{data[0]}: holds no rows",
+            fix=f"mend or remove them; all that can be mended: tunelet data doctor {data[0]} --fix FILE",
+        )
+    return loaded.examples
+
+
+def _held_out(
+    engine: Any, examples: list[Any], max_length: int, max_new_tokens: int, batch_size: int
+) -> tuple[dict[str, Any], list[Any]]:
+    from tunelet.data.doctor_tokens import cut
+    from tunelet.evals import held_out
+
+    renderer = engine.renderer
+    made = [renderer.chat(example) if hasattr(example, "messages") else renderer.text(example) for example in examples]
+    length = min(max_length, engine.max_length or max_length)
+    found = held_out.held_out_loss(engine.model, [cut(row, length) for row in made])
+    if found is None:
+        raise TuneletError("no row has a trained token left after the cut", fix="give a larger --max-length")
+    answered = held_out.answers(engine, examples, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    stops = held_out.stop_rate(answered)
+    return {"held_out_loss": found} | ({"stop_rate": stops} if stops else {}), answered
+
+
+class _Bar:
+    """A progress bar of unknown length on a terminal, nothing in a pipe."""
+
+    def __init__(self, console: Console, what: str):
+        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        columns = (SpinnerColumn(), TextColumn(what + " {task.completed:.0f}"), TimeElapsedColumn())
+        self.bar = Progress(*columns, console=console, disable=not console.is_terminal)
+
+    def __enter__(self) -> _Bar:
+        self.task = self.bar.add_task("", total=None)
+        self.bar.start()
+        return self
+
+    def __exit__(self, *what: object) -> None:
+        self.bar.stop()
+
+    def at(self, done: int) -> None:
+        self.bar.update(self.task, completed=done)
 
 
 def report(
