@@ -33,7 +33,7 @@ def _turns(messages: Iterable[Message]) -> list[dict[str, Any]]:
 
 
 def write_jsonl(examples: Iterable[Example], file: Path) -> int:
-    """Writes the rows to a new file and returns how many there are. Raises TuneletError where the file is there already."""
+    """Writes the rows to a new file; how many there are. Raises TuneletError where the file is there already."""
     if file.exists():
         raise TuneletError(
             f"{file} is there already", why="it is not written over", fix="choose another file, or delete it"

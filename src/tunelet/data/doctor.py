@@ -1,7 +1,7 @@
 """What is wrong or odd about rows, each finding with its row, severity and fix; and a mended copy of the rows.
 
 Not for rows that cannot be read or converted: sources.py and formats.py say so. The checks are in doctor_rows.py (one
-row), doctor_corpus.py (all rows) and doctor_tokens.py (a tokenizer and template); the rules of mending in doctor_fix.py.
+row), doctor_corpus.py (all) and doctor_tokens.py (a tokenizer and template); the rules of mending in doctor_fix.py.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def numbered(examples: Sequence[Example], renderer: Any = None, max_length: int 
 
 
 def _systematic(said: list[tuple[int, doctor_rows.Said]], rows: int) -> list[tuple[int, doctor_rows.Said]]:
-    """White space at the ends: an accident where it is rare (a warning), a habit of the corpus where it is not (info)."""
+    """White space at the ends: an accident where it is rare (warning), a habit of the corpus where not (info)."""
     spaced = {index for index, seen in said if seen.kind == "whitespace"}
     if len(spaced) > 0.01 * rows:
         return said

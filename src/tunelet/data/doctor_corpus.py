@@ -185,7 +185,7 @@ def _cut(examples: Sequence[Example]) -> Iterator[tuple[int, Said]]:
 
 
 def _open(text: str) -> bool:
-    """Whether prose ends inside a sentence: with a letter or a comma. Korean ends sentences with 다, 요, 까 and the like."""
+    """Whether prose ends inside a sentence: with a letter or a comma. Korean sentences end with 다, 요 and so on."""
     if "\n" in text[-80:].strip() and not text[-80:].rsplit("\n", 1)[1].strip().count(" ") > 3:
         return False  # the last line of a list, a verse or a table
     return (text[-1].isalpha() and text[-1] not in "다요까죠네지음함됨임") or text[-1] in ",;-"

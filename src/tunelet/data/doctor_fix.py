@@ -158,7 +158,7 @@ DROPS: dict[str, str] = {
 
 
 def mended(example: Example, kinds: set[str]) -> tuple[Example, set[str]] | str:
-    """The example after the mends for `kinds` and which of them were made; or the first kind for which it is dropped."""
+    """The example after the mends for `kinds`, and which of them were made; or the kind for which it is dropped."""
     for kind in sorted(kinds):
         if kind not in MENDS:
             return kind

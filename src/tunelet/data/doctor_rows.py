@@ -167,8 +167,8 @@ def _control(text: str, where: str) -> Said:
 # Markup ------------------------------------------------------------------------------------------------------------
 
 TEMPLATE_TOKENS = re.compile(
-    r"<\|[A-Za-z_][\w ]{1,30}\|>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|<\uff5c[^>]{2,30}\uff5c>|</s>|<(?:bos|eos|pad)>"
-    r"|^###\s*(?:Instruction|Response)s?\s*:",
+    r"<\|[A-Za-z_][\w ]{1,30}\|>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|<\uff5c[^>]{2,30}\uff5c>|</s>"
+    r"|<(?:bos|eos|pad)>|^###\s*(?:Instruction|Response)s?\s*:",
     re.MULTILINE,
 )
 BOS = re.compile(r"\s*(?:<s>|<\|begin_of_text\|>|<bos>|<\|endoftext\|>|\[BOS\]|<\|startoftext\|>)")
@@ -202,7 +202,7 @@ def _markup(turn: Message, where: str, number: int) -> Iterator[Said]:
         yield Said(
             "double_bos",
             "warning",
-            f"{where} begins with the literal '{BOS.match(text).group().strip()}': the tokenizer or template adds its own",
+            f"{where} begins with the literal '{BOS.match(text).group().strip()}', and the template adds its own",
             "take it out of the text",
         )
     elif "<" in text or "[" in text or "###" in text:
@@ -244,12 +244,14 @@ def _markup(turn: Message, where: str, number: int) -> Iterator[Said]:
 # Answers -----------------------------------------------------------------------------------------------------------
 
 REFUSAL = re.compile(
-    r"\bas an? (?:AI|artificial intelligence)(?: language)? model\b|\bI(?:'|’)?m an? (?:AI|artificial intelligence) language model\b"
+    r"\bas an? (?:AI|artificial intelligence)(?: language)? model\b"
+    r"|\bI(?:'|’)?m an? (?:AI|artificial intelligence) language model\b"
     r"|\bI (?:cannot|can(?:'|’)?t|am unable to) (?:fulfill|comply with|assist with) (?:that|this|your) request\b"
     r"|\bmy (?:knowledge cutoff|last knowledge update|training data)\b"
     r"|(?:AI|인공지능) ?(?:언어 ?)?모델(?:로서|이기 때문|이므로|이라서)",
     re.I,
 )
+HINT = re.compile("AI|rtificial|request|training|nowledge|인공지능")  # quick, and without it none of the above
 URL_ONLY = re.compile(r"^\W*(?:https?://|www\.)\S+(?:\s+(?:https?://|www\.)\S+)*\W*$")
 ROLE_PREFIX = re.compile(r"\A\s*(?:assistant|ai|bot|gpt|chatgpt)\s*:\s|\n\s*(?:human|user|assistant)\s*:\s", re.I)
 THINK = re.compile(r"<think(?:ing)?>(.*?)(</think(?:ing)?>|\Z)", re.DOTALL)
@@ -281,7 +283,7 @@ def _answer(turn: Message, where: str, asked: str) -> Iterator[Said]:
         yield Said("copies_prompt", "warning", f"{where} repeats what was asked", "write the answer")
     if ("://" in text or "www." in text) and URL_ONLY.match(text):
         yield Said("url_only", "warning", f"{where} is nothing but a link", "write the answer")
-    found = REFUSAL.search(text)
+    found = REFUSAL.search(text) if HINT.search(text) else None
     if found:
         yield Said(
             "refusal", "warning", f"{where} speaks as another assistant: '{found.group()[:50]}'", "write the answer"
@@ -294,7 +296,9 @@ def _answer(turn: Message, where: str, asked: str) -> Iterator[Said]:
             f"{where} has a speaker's name in its text: '{found.group().strip()}'",
             "split the turns",
         )
-    if CUT_MARK.search(text) or (len(text) >= 30 and DANGLING.search(text) and not VALEDICTION.search(text)):
+    if CUT_MARK.search(text[-40:]) or (
+        len(text) >= 30 and DANGLING.search(text[-40:]) and not VALEDICTION.search(text[-40:])
+    ):
         yield Said(
             "cut_answer",
             "warning",
@@ -322,7 +326,7 @@ def _same(answer: str, asked: str) -> bool:
 
 
 def _loop(text: str) -> str:
-    """The line or sentence that stands four times in a row, or the word that stands eight times; '' where there is none."""
+    """The line or sentence that stands four times in a row, or the word eight times; '' where there is none."""
     if len(text) < 40:
         return ""
     pieces = [piece.strip() for piece in re.split(r"[\n.!?。]+", text) if len(piece.strip()) > 8]

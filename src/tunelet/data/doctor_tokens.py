@@ -1,6 +1,6 @@
-"""What a tokenizer and its chat template do to rows: answers lost to cutting, a second BOS, no end token, unknown letters.
+"""What a tokenizer and its template do to rows: answers lost to cutting, a second BOS, no end token, unknown letters.
 
-Not for rendering: that is render.py's, and the Renderer is handed in. `cut` and `truncation` serve train/prepare.py too.
+Not for rendering: that is render.py's; the Renderer is handed in. `cut` and `truncation` serve train/prepare.py too.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def _tokenizer(renderer: Renderer) -> list[Finding]:
             Finding(
                 "pad_is_eos",
                 "warning",
-                f"the padding token is the end token ('{tokenizer.eos_token}'): harmless here, where nothing is padded; trainers "
+                f"the padding token is the end token ('{tokenizer.eos_token}'). Nothing is padded here, but trainers "
                 "that mask padding mask the end token with it, and their models do not stop",
                 fix='give "pad_token" a token of its own in tokenizer_config.json before you train elsewhere',
             )

@@ -243,6 +243,17 @@ def _mapped(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
     return {**{str(key).strip().lower(): value for key, value in row.items()}, **named}
 
 
+def _detected(row: dict[str, Any], want: Want) -> str:
+    """The format by the columns that have a value (tables of mixed rows fill the others with null), else by all."""
+    filled = {key: value for key, value in row.items() if value is not None}
+    try:
+        return detect(filled, want)
+    except Bad:
+        if len(filled) == len(row):
+            raise
+        return detect(row, want)
+
+
 def _convert(
     value: Any, origin: Origin, want: Want, format: str, columns: Mapping[str, str], system: str
 ) -> tuple[str, Example]:
@@ -258,7 +269,7 @@ def _convert(
         row = _mapped(dict(value), columns)
     else:
         row = {str(key).strip().lower(): cell for key, cell in value.items()}
-    name = detect(row, want) if format == "auto" else format
+    name = _detected(row, want) if format == "auto" else format
     if want == "chat":
         _refuse_pairs(row, name)
     example = FORMATS[name](row, origin, system, name)

@@ -39,7 +39,7 @@ _COMMON = {name: frozenset(words.split()) for name, words in COMMON.items()}
 
 
 def shares(text: str) -> dict[str, float]:
-    """script -> share of the text's letters, weighted by how much a letter of it says; empty where there are no letters."""
+    """script -> share of the text's letters, weighted by how much a letter of it says; empty where none are."""
     if text.isascii():
         return {LATIN: 1.0} if _LETTERS[LATIN].search(text) else {}
     counts = {name: len(pattern.findall(text)) * _WEIGHT.get(name, 1.0) for name, pattern in _LETTERS.items()}
