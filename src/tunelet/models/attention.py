@@ -223,10 +223,13 @@ def _attention(
 ):
     """transformers' attention interface: query [1, H, T, D] -> ([1, T, H, D], None)."""
     if segments is None:
+        if attention_mask is None and 1 < query.shape[2] == key.shape[2] and getattr(module, "is_causal", True):
+            scale = query.shape[-1] ** -0.5 if scaling is None else scaling  # whole rows without padding: windows and caps as in a plan
+            return _rows(*(x.transpose(1, 2) for x in (query, key, value)), scale, sliding_window, softcap, dropout), None
+        if softcap:
+            return _capped_with_cache(query, key, value, attention_mask, scaling, softcap), None
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-        if softcap:
-            raise ValueError("attention without a plan cannot cap scores: load the model with attn_implementation='eager'")
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, sliding_window=sliding_window, **kw
         )
@@ -237,6 +240,17 @@ def _attention(
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling, window=sliding_window, softcap=softcap, dropout=dropout,
     )  # fmt: skip
     return out[None], None
+
+
+def _capped_with_cache(query, key, value, mask, scaling, softcap):
+    """Capped scores under a boolean mask, which SDPA cannot do. query: [b, H, n, D]; key, value: [b, KV, m, D]; returns [b, n, H, D]."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = (query @ key.transpose(-1, -2)).float() * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = torch.tanh(scores / softcap) * softcap
+    if mask is not None:
+        scores = scores.masked_fill(~mask[..., : key.shape[2]], torch.finfo(torch.float32).min)
+    return (torch.softmax(scores, -1).to(query.dtype) @ value).transpose(1, 2)
 
 
 def _mask(*args, batch_size=None, q_length=None, kv_length=None, attention_mask=None, **kw):
