@@ -35,7 +35,7 @@ MAY: dict[str, set[str]] = {
     "machine": BOTTOM | {"models", "runs"},
     "align": BOTTOM | {"data", "models", "methods", "infer", "evals", "train", "runs"},
     "commands": BOTTOM | {"data", "models", "methods", "infer", "evals", "train", "runs", "align", "machine"},
-    "cli": BOTTOM | {"commands", "__init__"},
+    "cli": BOTTOM | {"commands"},
     "__main__": {"cli"},
 }
 
@@ -80,7 +80,7 @@ def imported(file: Path) -> set[str]:
 def test_imports_go_one_way(file):
     here = part(file)
     assert here in MAY, f"say in {Path(__file__).name} what {here} may import"
-    assert imported(file) - {here} <= MAY[here]
+    assert imported(file) - {here, "__init__"} <= MAY[here]
 
 
 def test_the_rule_has_no_circle():

@@ -1,4 +1,4 @@
-"""Recipes: precedence and origins, refusals that name file, line and the right key, and no option that nothing reads."""
+"""Recipes: precedence and origins, refusals that name file, line and the right key, no option that nothing reads."""
 
 from __future__ import annotations
 

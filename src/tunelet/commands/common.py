@@ -5,10 +5,12 @@ Not for work: a verb hands its arguments on and prints what comes back.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -110,19 +112,24 @@ def choose_out(out: Path | None, recipe: Recipe, console: Console) -> Path:
 
     if out is None:
         out = free_folder(recipe)
-    if record.is_run(out):
-        run = record.Run.open(out)
-        if run.status == "finished":
-            raise TuneletError(
-                f"{out}: holds a finished run",
-                why="a run is never written over",
-                fix=f"choose another --out, or look at it with: tunelet report {out}",
-            )
-        if not record.differences(run.recipe(), recipe):
-            console.print(f"[bold]Going on with the {run.status} run in {out}[/]")
-    else:
-        console.print(f"Run folder: {out}")
+    if not record.is_run(out):
+        console.print(f"Run folder: {out}", markup=False)
+    elif (run := record.Run.open(out)).status != "finished" and not run.differences(recipe):
+        console.print(f"Going on with the {run.status} run in {out}", style="bold", markup=False)
     return out
+
+
+@contextlib.contextmanager
+def nothing_half_written(out: Path) -> Iterator[None]:
+    """Where a user's mistake shows before anything was trained or measured, the new run folder goes away again."""
+    new = not out.exists() or (out.is_dir() and not any(out.iterdir()))
+    try:
+        yield
+    except TuneletError as error:
+        worked = any((out / name).exists() for name in ("log.jsonl", "checkpoints", "eval", "model", "adapter"))
+        if new and error.exit_code == 2 and out.is_dir() and not worked:
+            shutil.rmtree(out)
+        raise
 
 
 def free_folder(recipe: Recipe) -> Path:
@@ -135,7 +142,7 @@ def free_folder(recipe: Recipe) -> Path:
             return folder
         if record.is_run(folder):
             run = record.Run.open(folder)
-            if run.status != "finished" and not record.differences(run.recipe(), recipe):
+            if run.status != "finished" and not run.differences(recipe):
                 return folder
     raise TuneletError(f"{base}: 10,000 folders of that name are taken", fix="choose one with --out")
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -74,9 +76,9 @@ def evaluate(
     if loaded is None:
         from tunelet.evals import starter
 
-        with _Bar(console, "Answering") as bar:
+        with _bar(console, "Answering") as progress:
             scored = starter.evaluate(
-                engine, items=items, seed=seed, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=bar.at
+                engine, items=items, seed=seed, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress
             )
         metrics, answered = scored.metrics, scored.items
     else:
@@ -122,25 +124,15 @@ def _held_out(
     return {"held_out_loss": found} | ({"stop_rate": stops} if stops else {}), answered
 
 
-class _Bar:
-    """A progress bar of unknown length on a terminal, nothing in a pipe."""
+@contextlib.contextmanager
+def _bar(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on a terminal, nothing in a pipe: the figures follow."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    def __init__(self, console: Console, what: str):
-        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-        columns = (SpinnerColumn(), TextColumn(what + " {task.completed:.0f}"), TimeElapsedColumn())
-        self.bar = Progress(*columns, console=console, disable=not console.is_terminal)
-
-    def __enter__(self) -> _Bar:
-        self.task = self.bar.add_task("", total=None)
-        self.bar.start()
-        return self
-
-    def __exit__(self, *what: object) -> None:
-        self.bar.stop()
-
-    def at(self, done: int) -> None:
-        self.bar.update(self.task, completed=done)
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def report(

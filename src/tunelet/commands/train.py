@@ -18,6 +18,7 @@ from tunelet.commands.common import (
     choose_out,
     flags_of,
     load_recipe,
+    nothing_half_written,
     open_console,
     write_json,
 )
@@ -94,7 +95,9 @@ def _align(
     folder = choose_out(out, loaded.recipe, console)
     from tunelet.align import align as run_align
 
-    write_json(run_align(loaded.recipe, folder, console, origins=loaded.origins), json_to)
+    with nothing_half_written(folder):
+        summary = run_align(loaded.recipe, folder, console, origins=loaded.origins)
+    write_json(summary, json_to)
 
 
 def _resume(folder: Path, console: Any, json_to: str | None) -> None:
@@ -113,5 +116,6 @@ def _resume(folder: Path, console: Any, json_to: str | None) -> None:
 def _train(recipe: Any, folder: Path, origins: dict[str, str], console: Any, json_to: str | None) -> None:
     from tunelet.train.run import run_training
 
-    run = run_training(recipe, folder, origins=origins, console=console)
+    with nothing_half_written(folder):
+        run = run_training(recipe, folder, origins=origins, console=console)
     write_json(run.read_json("DONE", {}) | {"run": str(run.folder)}, json_to)
