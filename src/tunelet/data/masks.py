@@ -34,7 +34,7 @@ from tunelet.errors import TuneletError
 Json = dict[str, Any]
 Segment = tuple[int, int, int]  # (start, end, message number; -1: printed for no message)
 TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
-MARK = re.compile(r"Zq(\d+)([cta])qZ")  # message number and field
+MARK = re.compile(r"Zq(\d+)([ct]|a\d+)qZ")  # message number and field; of tool calls each has its own
 FIELDS = {"c": "content", "t": "thinking", "a": "tool calls"}
 CHOOSE = "choose another template: --set model.chat_template=FILE (or chatml)"
 
@@ -236,15 +236,16 @@ class Template:
         return extend + after[len(after.rstrip()) :]
 
     def _note_left_out(self, message: Json, i: int, seen: set[str]) -> None:
-        wanted = {kind for _, kind in MARK.findall(repr(message))}
-        if message["role"] == "assistant" and wanted & {"c", "a"} and not seen & {"c", "a"}:
-            what = FIELDS["a" if "a" in wanted else "c"]
+        missing = {kind for _, kind in MARK.findall(repr(message))} - seen
+        calls = {kind for kind in missing if kind[0] == "a"}
+        if message["role"] == "assistant" and (calls or ("c" in missing and not message.get("tool_calls"))):
+            what = "tool calls" if calls else "the content"
             raise TuneletError(
-                f"the chat template leaves out the {what} of message {i + 1}, which is the assistant's",
-                why="the model would be trained to answer with nothing",
+                f"the chat template leaves out {what} of message {i + 1}, which is the assistant's",
+                why="the model would be trained on an answer without them",
                 fix=CHOOSE,
             )
-        self.left_out |= {(message["role"], FIELDS[kind]) for kind in wanted - seen}
+        self.left_out |= {(message["role"], FIELDS[kind[0]]) for kind in missing}
 
 
 EXTEND = "+"  # before the white space: the turn goes on to the end of the text
@@ -362,14 +363,13 @@ def _marked(message: Json, i: int) -> Json:
     if (message.get("reasoning_content") or "").strip():
         out["reasoning_content"] = f"Zq{i}tqZ"
     if message.get("tool_calls"):
-        out["tool_calls"] = [_marked_call(call, i) for call in message["tool_calls"]]
+        out["tool_calls"] = [_marked_call(call, f"Zq{i}a{n}qZ") for n, call in enumerate(message["tool_calls"])]
     return out
 
 
-def _marked_call(call: Json, i: int) -> Json:
+def _marked_call(call: Json, mark: str) -> Json:
     if "function" in call:
-        return {**call, "function": _marked_call(call["function"], i)}
-    mark = f"Zq{i}aqZ"
+        return {**call, "function": _marked_call(call["function"], mark)}
     return {**call, "arguments": f'{{"x": "{mark}"}}' if isinstance(call.get("arguments"), str) else {"x": mark}}
 
 
