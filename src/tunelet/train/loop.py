@@ -147,7 +147,7 @@ def train(
                 part = loss_of(model, batch, targets)
                 part.backward()
                 loss += float(part.detach())
-                if len(batches) > 1:
+                if settings.gradient_accumulation > 1:
                     optimizer.accumulate()
             rate = schedule.learning_rate(
                 now.step, total, peak=settings.learning_rate, schedule=settings.schedule, warmup=settings.warmup, min_ratio=settings.min_lr_ratio
@@ -176,7 +176,7 @@ def train(
                 break
             if stop.asked and now.step < total:
                 raise progress.Interrupted(run.folder, now.step, total)
-    if settings.early_stopping and now.best_step:
+    if settings.early_stopping and now.best_loss is not None:
         optimizer.load_weights(checkpoint.load(run, checkpoint.BEST)[0])
         now.held_out_loss = now.best_loss
     optimizer.finish(torch.float32)

@@ -48,13 +48,12 @@ class _Bucket:
 def round_stochastically(master: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """fp32 -> bf16, up or down with probability in proportion to the distance; what bf16 can hold exactly stays as it is.
 
-    Adding a signed 16-bit number to the bits and rounding to nearest is the same as adding an unsigned one and cutting; only odd numbers are
-    drawn, so that a value on the grid is never a tie. Non-finite values must not come in.
+    A uniform 16-bit number is added to the bits that bf16 lacks, and these are cut off. Non-finite values must not come in.
     """
     bits = torch.empty((master.numel() + 3) // 4, dtype=torch.int64, device=master.device)
-    bits.random_(generator=generator)
-    noise = bits.view(torch.int16)[: master.numel()].bitwise_or_(1)
-    return master.view(torch.int32).add(noise).view(torch.float32).to(torch.bfloat16)
+    bits.random_(-(2**63), None, generator=generator)  # all 64 bits: the default leaves the sign alone
+    noise = bits.view(torch.int16)[: master.numel()]  # four draws of one: -32768..32767
+    return master.view(torch.int32).add(noise).add_(32768).bitwise_and_(-65536).view(torch.float32).to(torch.bfloat16)
 
 
 class AdamW:
@@ -106,6 +105,8 @@ class AdamW:
     @torch.no_grad()
     def step(self, learning_rate: float, max_grad_norm: float = 0.0) -> float:
         """One update. Returns the gradients' norm before clipping; where it is not finite nothing is changed."""
+        if self.accumulated is not None:
+            self.accumulate()  # whatever was not moved yet
         norm = self._norm()
         if not norm < float("inf"):
             return norm
