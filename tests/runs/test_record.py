@@ -72,6 +72,18 @@ def test_same_recipe_goes_on_and_another_is_refused(tmp_path):
     assert run.log_rows() == [{"step": 1}]
 
 
+def test_values_filled_in_for_the_model_do_not_make_another_recipe(tmp_path):
+    asked = Recipe()
+    filled = Recipe()
+    filled.train.learning_rate = 3e-4
+    run = Run.create(tmp_path / "r", filled, {"train.learning_rate": "default for sft, full, 135M parameters"})
+    assert run.differences(asked) == []
+    asked.train.learning_rate = 1e-3
+    assert run.differences(asked) == [("train.learning_rate", 3e-4, 1e-3)]
+    given = Run.create(tmp_path / "g", filled, {"train.learning_rate": "--set"})
+    assert given.differences(Recipe()) == [("train.learning_rate", 3e-4, 0.0)]
+
+
 def test_existing_things_are_never_written_over(tmp_path):
     Run.create(tmp_path / "r", make_recipe())
     with pytest.raises(TuneletError, match="already holds a run"):

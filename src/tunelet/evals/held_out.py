@@ -104,7 +104,7 @@ def answers(
     rows: int = 32,
     max_new_tokens: int = 128,
     batch_size: int = 128,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Greedy answers to `prompts` (a user's fixed ones) and to the first `rows` held-out rows that can be asked.
 
@@ -126,7 +126,10 @@ def answers(
         asked.append((f"held_out/{number}", kind, *found))
         taken += 1
     done = engine.generate(
-        [ids for _, _, ids, _, _ in asked], max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress
+        [ids for _, _, ids, _, _ in asked],
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        progress=(lambda done: progress(done, len(asked))) if progress else None,
     )
     return [
         {

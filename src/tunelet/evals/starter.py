@@ -31,7 +31,7 @@ def evaluate(
     seed: int = 0,
     max_new_tokens: int = 128,
     batch_size: int = 128,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
     rows: Sequence[dict[str, Any]] | None = None,
     grade: Callable[[str, dict[str, Any]], Any] | None = None,
 ) -> Scored:
@@ -48,7 +48,7 @@ def evaluate(
         [engine.renderer.prompt(as_messages(row["messages"])) for row in rows],
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
-        progress=progress,
+        progress=(lambda done: progress(done, len(rows))) if progress else None,
     )
     graded = []
     for number, (row, answer) in enumerate(zip(rows, answers, strict=True)):

@@ -89,17 +89,8 @@ class Run:
         """
         if not is_run(out):
             return cls.create(out, recipe, origins), False
+        check_folder(out, recipe)
         run = cls.open(out)
-        changed = differences(run.recipe(), recipe)
-        if changed:
-            listed = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, old, new in changed[:6]) + (
-                " ..." if len(changed) > 6 else ""
-            )
-            raise TuneletError(
-                f"{out} holds a {run.status} run of another recipe.",
-                why=f"these settings differ: {listed}",
-                fix="Choose another --out, or delete that folder, or give the same settings to go on with it.",
-            )
         run._sweep()
         run._write_start(recipe, origins or {})  # whatever a kill at the very start left out
         return run, True
@@ -140,6 +131,20 @@ class Run:
                 why=str(error),
                 fix="It was changed after the run wrote it; restore it or start a new run.",
             ) from error
+
+    def differences(self, recipe: Recipe) -> list[tuple[str, Any, Any]]:
+        """(dotted key, this run's value, the recipe's value) of every setting that differs; the name does not count.
+
+        A value nobody asked for (filled in for the model, like the learning rate) is the same as leaving it out.
+        """
+        mine, given, defaults, origins = values(self.recipe()), values(recipe), values(Recipe()), self.origins()
+        return [
+            (key, mine[key], given[key])
+            for key in mine
+            if key != "name"
+            and mine[key] != given[key]
+            and not (given[key] == defaults[key] and origins.get(key, "").startswith("default"))
+        ]
 
     def origins(self) -> dict[str, str]:
         """Dotted key -> origin of its value, out of resolved.toml's comments."""
@@ -334,10 +339,21 @@ def is_run(folder: Path | str) -> bool:
     return (Path(folder) / RESOLVED).is_file()
 
 
-def differences(old: Recipe, new: Recipe) -> list[tuple[str, Any, Any]]:
-    """(dotted key, old value, new value) of every setting that differs; the run's name does not count."""
-    before, after = values(old), values(new)
-    return [(key, before[key], after[key]) for key in before if key != "name" and before[key] != after[key]]
+def check_folder(out: Path | str, recipe: Recipe) -> None:
+    """Whether `open_or_create` would take `out`, without writing. Raises TuneletError where not."""
+    if not is_run(out):
+        _must_be_free(Path(out))
+        return
+    run = Run.open(out)
+    changed = run.differences(recipe)
+    if changed:
+        more = " ..." if len(changed) > 6 else ""
+        listed = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, old, new in changed[:6]) + more
+        raise TuneletError(
+            f"{out} holds a {run.status} run of another recipe.",
+            why=f"these settings differ: {listed}",
+            fix="Choose another --out, or delete that folder, or give the same settings to go on with it.",
+        )
 
 
 def asked_toml(recipe: Recipe, origins: Mapping[str, str]) -> str:
