@@ -114,14 +114,15 @@ def share(value: float, low: float, high: float) -> float:
 
 
 def thin(points: Sequence[Point], most: int = POINTS) -> list[Point]:
-    """At most `most` points: neighbours are averaged; the last one stays itself."""
+    """At most `most` points: neighbours are averaged; the first and the last stay themselves."""
     points = [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
     if len(points) <= most:
         return points
-    size = math.ceil(len(points) / (most - 1))
-    groups = [points[at : at + size] for at in range(0, len(points), size)]
-    out = [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
-    return [*out[:-1], points[-1]]
+    inner = points[1:-1]
+    size = math.ceil(len(inner) / (most - 2))
+    groups = [inner[at : at + size] for at in range(0, len(inner), size)]
+    means = [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
+    return [points[0], *means, points[-1]]
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
