@@ -271,6 +271,35 @@ def test_hub_name_offline_fails_at_once(tmp_path, monkeypatch):
     assert "offline" in str(caught.value).lower() and "not in the local cache" in caught.value.why
 
 
+def test_hub_rows_configuration_split_and_errors(monkeypatch):
+    from tunelet.data import sources
+
+    asked = []
+
+    def load(name, config, split):
+        asked.append((name, config, split))
+        if name == "org/none":
+            raise ValueError("Unknown split\nlong trace")
+        return [GOOD] * 5
+
+    monkeypatch.setattr(sources, "offline_asked", lambda: False)
+    monkeypatch.setattr(sources, "hub_reachable", lambda: True)
+    rows = sources._hub("org/name:all:test", 3, load)
+    assert asked == [("org/name", "all", "test")] and [row.value for row in rows.rows] == [GOOD] * 3
+    assert str(rows.rows[2].origin) == "org/name:all:test, row 3"
+    with pytest.raises(TuneletError) as caught:
+        sources._hub("org/none", 0, load)
+    assert caught.value.why == "Unknown split" and asked[-1] == ("org/none", None, "train")
+
+
+def test_a_network_that_does_not_answer_counts_as_offline_soon(monkeypatch):
+    from tunelet.data import sources
+
+    monkeypatch.setattr(sources.socket, "create_connection", lambda *a, **k: time.sleep(30))
+    started = time.monotonic()
+    assert sources.hub_reachable(0.2) is False and time.monotonic() - started < 5
+
+
 def test_limit_takes_the_first_rows(tmp_path):
     text = "\n".join(["broken"] + [json.dumps({**GOOD, "id": n}) for n in range(10)])
     rows = read_rows(write(tmp_path, "a.jsonl", text), limit=4)

@@ -38,7 +38,7 @@ def numbered(examples: Sequence[Example], renderer: Any = None, max_length: int 
 def _systematic(said: list[tuple[int, doctor_rows.Said]], rows: int) -> list[tuple[int, doctor_rows.Said]]:
     """White space at the ends: an accident where it is rare (warning), a habit of the corpus where not (info)."""
     spaced = {index for index, seen in said if seen.kind == "whitespace"}
-    if len(spaced) > 0.01 * rows:
+    if len(spaced) > 0.05 * rows:
         return said
     return [(i, seen._replace(severity="warning") if seen.kind == "whitespace" else seen) for i, seen in said]
 
@@ -87,10 +87,12 @@ def fix(
             changed.update(result[1])
             kept.append(result[0])
         rows = kept
-    notes = [Finding(kind, "info", f"{count} rows: {MENDS[kind][1]}") for kind, count in sorted(changed.items())]
+    notes = [
+        Finding(kind, "info", f"{kind}, {count} rows: {MENDS[kind][1]}") for kind, count in sorted(changed.items())
+    ]
     for kind, count in sorted(dropped.items()):
         because = DROPS.get(kind, "it could not be mended")
-        notes.append(Finding(kind, "info", f"{count} rows dropped: {because}"))
+        notes.append(Finding(kind, "info", f"{kind}, {count} rows dropped: {because}"))
     for kind, count in sorted(lost.items()):
-        notes.append(Finding(kind, "info", f"{count} rows left out: they cannot be used as they are"))
+        notes.append(Finding(kind, "info", f"{kind}, {count} rows left out: they cannot be used as they are"))
     return rows, notes

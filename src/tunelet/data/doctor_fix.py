@@ -90,6 +90,10 @@ def _without_thinking(message: Message) -> Message:
     return replace(message, thinking=thinking, content=content)
 
 
+def _without_empty_system(turns: tuple[Message, ...]) -> tuple[Message, ...]:
+    return tuple(turn for turn in turns if turn.role != "system" or turn.content.strip())
+
+
 def _fenced(text: str) -> str:
     marks = doctor_rows.FENCE.findall(text)
     return f"{text.rstrip()}\n{marks[-1]}" if len(marks) % 2 else text
@@ -125,6 +129,7 @@ MENDS: dict[str, tuple[Mend, str]] = {
     "template_tokens": (_content(_no_tokens), "took the chat template's tokens out of the text"),
     "double_bos": (_content(_no_bos), "took the literal BOS out of the text"),
     "code_fence": (_answer(_fenced), "closed the code fence"),
+    "empty_system": (_turns(_without_empty_system), "left the empty system message out"),
     "empty_thinking": (_each(_without_thinking), "left the empty reasoning out"),
     "role_prefix": (_answer(_no_speaker), "took the speaker's name off the answer"),
     "starts_with_assistant": (_turns(_without_leading_answers), "took answers before the first user turn out"),
@@ -141,6 +146,7 @@ DROPS: dict[str, str] = {
     "conflicting_answers": "the first answer to a prompt is kept",
     "replacement_character": "the lost letters are not to be had back",
     "copies_prompt": "it has no answer",
+    "no_content": "it has no answer",
     "url_only": "it has no answer",
     "refusal": "it would teach another assistant's phrases; write the answer where you want the row",
     "language": "the answer is in another language",

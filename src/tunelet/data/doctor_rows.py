@@ -41,6 +41,8 @@ def look(example: Example) -> Iterator[Said]:
         yield from _tools(example)
     for number, turn in enumerate(turns, start=1):
         where = f"message {number} ({turn.role})" if turn.role else "the text"
+        if turn.role == "system" and not turn.content.strip():
+            yield Said("empty_system", "warning", f"{where} is empty", "leave it out, or fill it")
         if turn.role != "tool":  # what a tool returns is what it is
             yield from _characters(turn, where)
             yield from _markup(turn, where, number)
@@ -252,6 +254,7 @@ REFUSAL = re.compile(
     re.I,
 )
 HINT = re.compile("AI|rtificial|request|training|nowledge|인공지능")  # quick, and without it none of the above
+NOTHING = re.compile(r"(?:n/?a|none|null|nan|todo|tbd|undefined|lorem ipsum.*|없음|[!-/:-@\[-`{-~\s]+)\.?", re.I)
 URL_ONLY = re.compile(r"^\W*(?:https?://|www\.)\S+(?:\s+(?:https?://|www\.)\S+)*\W*$")
 ROLE_PREFIX = re.compile(r"\A\s*(?:assistant|ai|bot|gpt|chatgpt)\s*:\s|\n\s*(?:human|user|assistant)\s*:\s", re.I)
 THINK = re.compile(r"<think(?:ing)?>(.*?)(</think(?:ing)?>|\Z)", re.DOTALL)
@@ -279,7 +282,9 @@ def _answer(turn: Message, where: str, asked: str) -> Iterator[Said]:
             yield Said("empty_thinking", "warning", f"{where} has an empty <think></think>", "leave it out")
     if not text:
         return
-    if len(text) >= 20 and _same(text, asked):
+    if NOTHING.fullmatch(text) and not _LOST.search(text):
+        yield Said("no_content", "warning", f"{where} says nothing: '{text[:20]}'", "write the answer")
+    if (len(text) >= 20 and _same(text, asked)) or (len(asked.strip()) >= 40 and text.startswith(asked.strip())):
         yield Said("copies_prompt", "warning", f"{where} repeats what was asked", "write the answer")
     if ("://" in text or "www." in text) and URL_ONLY.match(text):
         yield Said("url_only", "warning", f"{where} is nothing but a link", "write the answer")

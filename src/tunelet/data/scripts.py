@@ -28,18 +28,19 @@ OTHER_WANTED = re.compile(
 STRUCTURED = re.compile(r"^\s*[\[{<]|```|^\s*(?:def |class |import |SELECT )|[{}();=]{3,}")
 
 COMMON = {
-    "English": "the and of to is that it for was with as are this be have not from they which you",
+    "English": "the and of to is that it for was with as are this be have not from they which you how what does should "
+    "who where when many give write about before has can will would my your their there two",
     "French": "les des est une dans que qui pour pas sur avec vous nous mais cette sont aux être ou par plus",
     "Spanish": "los las una por con para como más pero sus este entre cuando muy sin sobre también es del el que",
     "German": "der die und das ist nicht ein eine mit auf sich auch dem den des sie wir ich für von",
     "Portuguese": "uma não com para mais como mas dos das foi ele ser está são também pelo pela os que do",
-    "Italian": "il che della sono per una con non gli alla nel più dei anche questo come delle è di le",
+    "Italian": "il che della sono una con gli alla nel più dei anche questo delle è di le sul dal degli",
 }
 _COMMON = {name: frozenset(words.split()) for name, words in COMMON.items()}
 
 
 def shares(text: str) -> dict[str, float]:
-    """script -> share of the text's letters, weighted by how much a letter of it says; empty where none are."""
+    """script -> share of the text's letters, weighted by how much one of it says; empty where none are."""
     if text.isascii():
         return {LATIN: 1.0} if _LETTERS[LATIN].search(text) else {}
     counts = {name: len(pattern.findall(text)) * _WEIGHT.get(name, 1.0) for name, pattern in _LETTERS.items()}
@@ -58,14 +59,15 @@ def main(text: str) -> str:
     return name if share >= 0.6 else ""
 
 
-def tongue(text: str) -> str:
-    """The language of a text in Latin letters, by its commonest words; '' where it cannot be told."""
+def tongue(text: str, lead: int = 3) -> str:
+    """The language of a text in Latin letters, by its commonest words; '' where it cannot be told: at least `lead`
+    words more than twice the runner-up's must be its own."""
     words = re.findall(r"[a-zà-ÿ]+", text.lower())
     if len(words) < 8:
         return ""
     hits = {name: sum(word in common for word in words) for name, common in _COMMON.items()}
     best, second = sorted(hits.items(), key=lambda item: -item[1])[:2]
-    return best[0] if best[1] >= 0.15 * len(words) and best[1] >= 2 * second[1] + 3 else ""
+    return best[0] if best[1] >= 0.15 * len(words) and best[1] >= 2 * second[1] + lead else ""
 
 
 def mismatch(asked: str, answer: str) -> tuple[str, str] | None:
@@ -78,7 +80,7 @@ def mismatch(asked: str, answer: str) -> tuple[str, str] | None:
     if before == after:
         if before != LATIN or len(asked) < 30 or len(answer) < 60 or _english(answer):
             return None
-        before, after = tongue(asked), tongue(answer)
+        before, after = tongue(asked, 1), tongue(answer)
         if not before or not after or before == after:
             return None
     elif {before, after} == {HAN, KANA} or _shared(asked, after) or _shared(answer, before):

@@ -56,8 +56,9 @@ def prepare(recipe: Recipe, folder: Path | None = None) -> Prepared:
     train = _load(data.train, recipe, want, data.limit)
     held, how = _held_out_sources(recipe, want, train)
     findings = [*train.findings, *(held.findings if held else [])]
+    rows_in = train.counts.rows_in + (held.counts.rows_in if held else 0)
     if not train.examples:
-        raise _stop(findings, train.counts.rows_in, recipe, nothing_left=True)
+        raise _stop(findings, rows_in, recipe, nothing_left=True)
     examples, eval_examples = train.examples, held.examples if held else []
     if held is None and not pretrain:
         examples, eval_examples, how = hold_out(examples, data.eval_fraction, data.eval_rows)
@@ -82,7 +83,7 @@ def prepare(recipe: Recipe, folder: Path | None = None) -> Prepared:
         findings += doctor.check(examples)
     errors = [finding for finding in findings if finding.severity == "error"]
     if not train_rows or (errors and data.bad_rows == "stop"):
-        raise _stop(findings, train.counts.rows_in, recipe, nothing_left=not train_rows)
+        raise _stop(findings, rows_in, recipe, nothing_left=not train_rows)
     report = {
         "method": recipe.method,
         "train": _side(recipe.data.train, train, train_rows, lost, len(eval_examples) if held is None else 0),
@@ -292,18 +293,21 @@ def listing(findings: Sequence[Finding], shown: int = SHOWN) -> str:
 
 
 def _stop(findings: Sequence[Finding], rows_in: int, recipe: Recipe, nothing_left: bool) -> TuneletError:
+    """The one error that lists everything; its last line says what to do."""
     errors = [finding for finding in findings if finding.severity == "error"]
     sources = " ".join(recipe.data.train)
-    bad = len({finding.origin for finding in errors})
-    if nothing_left and rows_in == 0 and not errors:
+    if rows_in == 0 and not errors:
         return TuneletError(f"{sources}: no rows at all", fix="give a file, a folder or a hub id that holds rows")
-    what = f"{sources}: {bad} of {rows_in} rows cannot be trained on" + (
-        ", and nothing else is left" if nothing_left else ""
-    )
+    bad = len({finding.origin for finding in errors})
+    what = f"{sources}: {bad} of {rows_in} rows cannot be trained on" if rows_in else f"{sources}: nothing to train on"
+    what += ", and no other rows are left" if nothing_left and rows_in else ""
     mend = f"tunelet data doctor {sources} --fix clean.jsonl"
-    if nothing_left:
-        common = Counter(finding.fix for finding in errors if finding.fix).most_common(1)
-        fix = f"{common[0][0]}; or see what each row has: {mend}" if common else mend
+    common = Counter(finding.fix for finding in errors if finding.fix).most_common(1)
+    if {finding.kind for finding in errors} == {"truncated_answer"}:
+        fix = f"--set data.max_length=N with a larger N (now {recipe.data.max_length})"
+        fix += "" if nothing_left else ", or --set data.bad_rows=drop trains without these rows"
+    elif nothing_left:
+        fix = f"{common[0][0]}; or look at what each row has: {mend}" if common else mend
     else:
         fix = f"{mend} writes a file without them; --set data.bad_rows=drop trains without them"
     return TuneletError(what, why="\n" + listing(errors), fix=fix)
