@@ -5,7 +5,7 @@ VENV ?= .venv
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14 python; do \
 	"$$p" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo "$$p"; break; }; done)
 BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
-SETUP = $(if $(PYTHON),"$(PYTHON)" scripts/setup_env.py --venv "$(VENV)",@echo "tunelet needs Python 3.11 or newer (with venv): install one, or name it: make $@ PYTHON=/path/to/python3.11" >&2; exit 2;)
+SETUP = $(if $(PYTHON),"$(PYTHON)" scripts/setup_env.py --venv "$(VENV)",@echo "tunelet needs Python 3.11 or newer (with venv): install one, or name it: make demo PYTHON=/path/to/python3.11" >&2; exit 2;)
 
 .PHONY: demo install test lint install-parity build clean
 .NOTPARALLEL:

@@ -44,6 +44,11 @@ def test_flags_stand_above_set_above_recipe_above_defaults(tmp_path):
     assert set(origins) == set(recipe_io.fields()), "every value has an origin"
 
 
+def test_settings_at_their_default_may_stand_without_effect():
+    recipe_io.load(sets=["adapter.rank=16", "adapter.kind=none"])
+    recipe_io.load(sets=["adapter.rank=8"], flags={"--adapter": ("adapter.kind", "lora")})
+
+
 def test_no_file_is_the_defaults():
     assert recipe_io.load().recipe == Recipe()
 
@@ -141,6 +146,8 @@ def test_every_synonym_points_at_a_key_that_exists():
         ("method = 'dpo2'\n", "line 1", "'sft'"),
         ("[model]\npath = ''\n", "line 2", "model.path"),
         ("[data]\ntrain = []\n", "line 2", "data.train"),
+        ("[adapter]\nrank = 8\n", "line 2", "--adapter lora"),
+        ("[tokenizer]\nvocab_size = 999\n", "line 2", "brings its tokenizer"),
         ("method = 'pretrain'\n[model.architecture]\nmodel_type = 'llama'\n", "line 2", "model.path"),
         ("method = 'pretrain'\nmodel.path = ''\n", "line 2", "architecture"),
     ],

@@ -288,8 +288,8 @@ def _check(recipe: Recipe, wheres: Mapping[str, str], shown: str) -> None:
         )
     if model.architecture and model.path:
         raise TuneletError(
-            f"{wheres.get('model.architecture', shown)}: model.architecture and model.path = {model.path!r} exclude each other",
-            why="an architecture is only used to start from random weights",
+            f"{wheres.get('model.architecture', shown)}: model.architecture and a model.path exclude each other",
+            why=f"an architecture is only used to start from random weights, and model.path is {model.path!r}",
             fix="set model.path = '' to start from random weights, or remove [model.architecture]",
         )
     if not model.path and not model.architecture:
@@ -302,3 +302,12 @@ def _check(recipe: Recipe, wheres: Mapping[str, str], shown: str) -> None:
         raise TuneletError(
             f"{wheres.get('data.train', shown)}: data.train is empty", fix="give at least one source: --data FILE"
         )
+    # A setting without effect is a mistake: somebody believes it has one.
+    for section, useless, why, fix in (
+        ("adapter", recipe.adapter.kind == "none", "adapter.kind is 'none'", "add --adapter lora, or leave it out"),
+        ("tokenizer", bool(model.path), "the model brings its tokenizer", "leave it out, or start from random weights"),
+    ):
+        given = [key for key, info in fields().items() if key.startswith(f"{section}.") and key in wheres
+                 and _get(recipe, key) != info.get_default(call_default_factory=True)]  # fmt: skip
+        if useless and given:
+            raise TuneletError(f"{wheres[given[0]]}: {given[0]} has no effect", why=why, fix=fix)
