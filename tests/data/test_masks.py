@@ -166,7 +166,7 @@ def as_printed(name: str, text: str, last: bool) -> str:
     return text + "<|im_end|>"  # Mistral prints the tokenizer's eos_token
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(turns=turns, system=st.none() | texts.filter(str.strip))
 def test_random_conversations_over_every_template(shared, smollm2, minimind, turns, system):
     messages = said(*(pair for user, answer in turns for pair in (("user", user), ("assistant", answer))))

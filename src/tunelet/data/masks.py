@@ -24,7 +24,7 @@ an end token must follow. A template for which that does not hold is refused wit
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -62,6 +62,15 @@ class Marked:
     trained: tuple[Segment, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What is known of a checked shape. `ends`: for each assistant's message, whether its turn goes on to the end of
+    the text, and the white space after its end token. `steady`: messages whose history reads the same on its own."""
+
+    ends: dict[int, tuple[bool, str]]
+    steady: set[int]
+
+
 @dataclass
 class Template:
     """A chat template that knows for which message each character of its output was printed.
@@ -77,7 +86,7 @@ class Template:
         self.tagged = bool(TAG.search(self.source))
         with refusals():
             self._compiled = _instrument(self.source)
-        self._ends: dict[Any, dict[int, str]] = {}
+        self._shapes: dict[Any, Shape] = {}
 
     def trace(self, messages: Sequence[Json], tools: list[Json] | None = None, prompt: bool = False) -> Trace:
         """Render as transformers does, noting for which message each character is printed. `prompt`: with the
@@ -116,38 +125,37 @@ class Template:
         Raises TuneletError where the template does not show clearly what an assistant produces.
         """
         key = (tuple(map(_shape, messages)), bool(tools), tags)
-        if key not in self._ends:
-            self._ends[key] = self._check(messages, tools, tags)
+        if key not in self._shapes:
+            self._shapes[key] = self._check(messages, tools, tags)
+        shape = self._shapes[key]
         trace = self.trace(messages, tools)
         if self.tagged and tags:
             return _by_tags(trace)
-        trace, starts, ends = self._turns(trace, messages, tools)
+        trace, starts, ends = self._turns(trace, messages, tools, shape.steady)
         trained = []
-        for i, space in self._ends[key].items():
-            end = len(trace.text) if space.startswith(EXTEND) else ends[i]
-            space = space.removeprefix(EXTEND)
+        for i, (extend, space) in shape.ends.items():
+            end = len(trace.text) if extend else ends[i]
             if not trace.text[starts[i] : end].endswith(space):
                 raise _unclear(f"the end of the assistant's turn in message {i + 1} cannot be told from its text")
             trained.append((starts[i], end - len(space), i))
         return Marked(trace.text, trace.segments, tuple(trained))
 
     def _turns(
-        self, trace: Trace, messages: Sequence[Json], tools: list[Json] | None
+        self, trace: Trace, messages: Sequence[Json], tools: list[Json] | None, steady: Container[int]
     ) -> tuple[Trace, dict[int, int], dict[int, int]]:
         """Where the trained part of each assistant's turn starts, and where the turn ends."""
         speakers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         found = {i: [(a, b) for a, b, owner in trace.segments if owner == i] for i in speakers}
         if not all(len(parts) == 1 for parts in found.values()):
             return self._by_prefix(trace, messages, tools)
-        starts = {i: a + self._header(trace.text, a, b, messages, i, tools) for i, [(a, b)] in found.items()}
-        return trace, starts, {i: b for i, [(_, b)] in found.items()}
+        starts = {}
+        for i, [(start, end)] in found.items():
+            prompt = self._prompt(trace.text[:start] if i in steady else None, messages, i, tools)
+            starts[i] = start + self._header(trace.text[start:end], prompt, messages, i, tools)
+        return trace, starts, {i: end for i, [(_, end)] in found.items()}
 
-    def _header(
-        self, text: str, start: int, end: int, messages: Sequence[Json], i: int, tools: list[Json] | None
-    ) -> int:
-        """How many characters of the assistant's turn text[start:end] the generation prompt writes."""
-        turn = text[start:end]
-        prompt = self._prompt(text[:start], messages, i, tools)
+    def _header(self, turn: str, prompt: str, messages: Sequence[Json], i: int, tools: list[Json] | None) -> int:
+        """How many characters of an assistant's turn the generation prompt writes."""
         if turn.startswith(prompt):
             return len(prompt)
         # The prompt opens something this turn does not have: "<think>" where the thinking was left out, or an empty
@@ -163,19 +171,23 @@ class Template:
                 return shared
         raise _unclear(f"message {i + 1} is the assistant's and does not begin with the generation prompt {prompt!r}")
 
-    def _prompt(self, history: str, messages: Sequence[Json], i: int, tools: list[Json] | None) -> str:
-        """What the generation prompt adds to the history of message i."""
-        if i:
-            try:
-                asked = self.trace(messages[:i], tools, prompt=True).text
-            except TuneletError:
-                asked = None  # some templates refuse a conversation without a user's turn: ask behind the whole
-            if asked is not None and asked.startswith(history):
-                return asked[len(history) :]
-        # The history reads differently when it stands alone (Mistral puts tools into the last question): compare it
-        # with itself.
-        known = messages[:i] if i and asked is not None else messages
-        asked, plain = self.trace(known, tools, prompt=True).text, self.trace(known, tools)
+    def _asked(self, messages: Sequence[Json], i: int, tools: list[Json] | None) -> str | None:
+        """The conversation before message i with the generation prompt; None where the template refuses it."""
+        try:
+            return self.trace(messages[:i], tools, prompt=True).text if i else None
+        except TuneletError:
+            return None  # some refuse a conversation without a user's turn
+
+    def _prompt(self, history: str | None, messages: Sequence[Json], i: int, tools: list[Json] | None) -> str:
+        """The generation prompt before message i. `history`: what is printed before it, if that reads the same when
+        it stands alone (Mistral's does not: it puts tools and system into the last question)."""
+        asked = self._asked(messages, i, tools)
+        if history is not None and asked is not None and asked.startswith(history):
+            return asked[len(history) :]
+        if asked is None:
+            asked, plain = self.trace(messages, tools, prompt=True).text, self.trace(messages, tools)
+        else:
+            plain = self.trace(messages[:i], tools)
         for rest in (plain.text, plain.text[: len(plain.text) - len(plain.tail)]):
             if asked.startswith(rest):
                 return asked[len(rest) :]
@@ -199,18 +211,23 @@ class Template:
                 last = len(cut)
         return Trace(trace.text, tuple(segments), trace.tagged), starts, ends
 
-    def _check(self, messages: Sequence[Json], tools: list[Json] | None, tags: bool) -> dict[int, str]:
-        """Check a new shape with marker words; the white space after the end token, for each assistant's message."""
+    def _check(self, messages: Sequence[Json], tools: list[Json] | None, tags: bool) -> Shape:
+        """Check a new shape with marker words in place of its texts."""
         probe = [_marked(message, i) for i, message in enumerate(messages)]
         trace = self.trace(probe, tools)
         hits = [(hit.start(), hit.end(), int(hit[1]), hit[2]) for hit in MARK.finditer(trace.text)]
         for i, message in enumerate(probe):
             self._note_left_out(message, i, {kind for _, _, owner, kind in hits if owner == i})
         by_tags = self.tagged and tags
+        steady: set[int] = set()
         if by_tags:
-            trained = {n: (a, b, i) for n, (a, b, i) in enumerate(_by_tags(trace).trained)}
+            trained = dict(enumerate(_by_tags(trace).trained))
         else:
-            trace, starts, ends = self._turns(trace, probe, tools)
+            speakers = {i for i in range(1, len(messages)) if messages[i]["role"] == "assistant"}
+            for start, _, i in trace.segments:  # marker words are unique: here a common beginning is no accident
+                if i in speakers and (self._asked(probe, i, tools) or "").startswith(trace.text[:start]):
+                    steady.add(i)
+            trace, starts, ends = self._turns(trace, probe, tools, steady)
             trained = {i: (starts[i], ends[i], i) for i in starts}
         for a, b, i, _ in hits:
             role = messages[i]["role"]
@@ -219,21 +236,20 @@ class Template:
             if role == "assistant" and not by_tags and not (trained[i][0] <= a and b <= trained[i][1]):
                 raise _unclear(f"the text of message {i + 1} (assistant) is also printed outside of its turn")
         if by_tags:
-            return {}
-        return {i: self._end(trace, hits, i, *trained[i][:2]) for i in trained}
+            return Shape({}, steady)
+        return Shape({i: self._end(trace, hits, *part) for i, part in trained.items()}, steady)
 
-    def _end(self, trace: Trace, hits: list[tuple[int, int, int, str]], i: int, start: int, end: int) -> str:
+    def _end(self, trace: Trace, hits: list[Any], start: int, end: int, i: int) -> tuple[bool, str]:
         after = trace.text[max([start, *(b for _, b, owner, _ in hits if owner == i)]) : end]
-        extend = ""
-        if not after.strip() and trace.text[:end] + trace.tail == trace.text:
-            after, extend = trace.tail, EXTEND  # the end token stands behind the loop, after the last turn
+        extend = not after.strip() and trace.text[:end] + trace.tail == trace.text
+        after = trace.tail if extend else after  # an end token behind the loop, after the last turn
         if not after.strip():
             raise TuneletError(
                 f"the chat template writes no end token after message {i + 1}, which is the assistant's",
                 why="a model trained on it would not learn to stop",
                 fix="add the end token to the template, or " + CHOOSE,
             )
-        return extend + after[len(after.rstrip()) :]
+        return extend, after[len(after.rstrip()) :]
 
     def _note_left_out(self, message: Json, i: int, seen: set[str]) -> None:
         missing = {kind for _, kind in MARK.findall(repr(message))} - seen
@@ -246,9 +262,6 @@ class Template:
                 fix=CHOOSE,
             )
         self.left_out |= {(message["role"], FIELDS[kind[0]]) for kind in missing}
-
-
-EXTEND = "+"  # before the white space: the turn goes on to the end of the text
 
 
 @contextmanager
