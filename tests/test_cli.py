@@ -50,6 +50,12 @@ def test_every_verb_explains_itself(capsys, verb):
     assert f"tunelet {verb}" in out
 
 
+@pytest.mark.parametrize("args", [[], ["data"], ["recipe"]])
+def test_a_bare_command_shows_its_help(capsys, args):
+    code, out, err = run(capsys, *args)
+    assert (code, err) == (0, "") and "Commands:" in out
+
+
 def test_version(capsys):
     assert run(capsys, "--version")[:2] == (0, f"tunelet {tunelet.__version__}\n")
 

@@ -44,16 +44,16 @@ def _main(
     pass
 
 
-app.command("demo")(train.demo)
-app.command("align")(train.align)
-app.command("train")(train.train)
+app.command("demo", short_help="Align the shipped model; show before and after.")(train.demo)
+app.command("align", short_help="From a recipe to a report: before and after.")(train.align)
+app.command("train", short_help="Train a model: pretrain or sft.")(train.train)
 app.add_typer(data.app, name="data")
-app.command("eval")(results.evaluate)
-app.command("chat")(ask.chat)
-app.command("generate")(ask.generate)
-app.command("report")(results.report)
+app.command("eval", short_help="Score a model or a run, with intervals.")(results.evaluate)
+app.command("chat", short_help="Talk with a model.")(ask.chat)
+app.command("generate", short_help="Answer a file of prompts.")(ask.generate)
+app.command("report", short_help="Write a run's page again.")(results.report)
 app.add_typer(recipe.app, name="recipe")
-app.command("doctor")(machine.doctor)
+app.command("doctor", short_help="What this machine has, and tunelet will use.")(machine.doctor)
 
 UsageError = typer.BadParameter.__mro__[1]  # click's, wherever typer keeps click
 
@@ -77,6 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TuneletError as error:
         return _tell(str(error), error.exit_code)
     except UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # a bare `tunelet` or `tunelet data`
+            print(error.format_message())  # type: ignore[attr-defined]
+            return 0
         return _tell(_usage(error), 2)
     except typer.Exit as end:
         return end.exit_code

@@ -52,7 +52,7 @@ def _load(
     return formats.load(sources, want=want, format=format, columns=column_map(columns), system=system, limit=limit)
 
 
-@app.command()
+@app.command(short_help="Any known format to one, every row accounted for.")
 def convert(
     sources: Sources,
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The JSONL file to write.")],
@@ -88,7 +88,7 @@ def convert(
     write_json(figures | {"findings": [finding_row(finding) for finding in loaded.findings]}, json_to)
 
 
-@app.command()
+@app.command(short_help="Check rows; --fix writes mended ones.")
 def doctor(
     sources: Sources,
     model: Annotated[
@@ -133,7 +133,7 @@ def doctor(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(short_help="A row as the model sees it.")
 def render(
     source: Source,
     model: ModelOf = "starter",
@@ -168,7 +168,7 @@ def render(
     write_json({"row": str(example.origin), "text": text, "ids": [int(i) for i in ids], "tokens": pieces}, json_to)
 
 
-@app.command()
+@app.command(short_help="A row in colour: what is trained.")
 def mask(
     source: Source,
     model: ModelOf = "starter",

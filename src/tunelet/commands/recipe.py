@@ -24,7 +24,7 @@ from tunelet.errors import TuneletError
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Show a recipe's values, or write a first recipe.")
 
 
-@app.command()
+@app.command(short_help="Every value, and where it comes from.")
 def show(
     recipe: Annotated[
         str | None, typer.Argument(metavar="RECIPE", help="A recipe file. Without: the defaults.")
@@ -53,7 +53,7 @@ def show(
     write_json(rows, json_to)
 
 
-@app.command()
+@app.command(short_help="Write a first recipe for your model and data.")
 def init(
     model: Model = None,
     data: Data = None,
