@@ -1,6 +1,9 @@
-"""Packed rows equal rows computed one by one, on several architectures; groups, windows and caps; generation falls through to SDPA."""
+"""Packed rows equal rows computed one by one, on several architectures; groups, windows and caps; generation falls
+through to SDPA."""
 
 from __future__ import annotations
+
+import itertools
 
 import pytest
 import torch
@@ -9,9 +12,14 @@ from tunelet.data.examples import Batch
 from tunelet.models import attention, head
 
 SMALL = {
-    "vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "intermediate_size": 128, "max_position_embeddings": 512,
-}  # fmt: skip
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 128,
+    "max_position_embeddings": 512,
+}
 LENGTHS = {"mixed": (17, 30, 9, 28, 1), "equal": (24, 24, 24), "one": (40,), "long": (200, 150, 13, 190)}
 
 
@@ -23,7 +31,9 @@ def config(name: str):
         "llama": lambda: t.LlamaConfig(**SMALL),
         "qwen2": lambda: t.Qwen2Config(**SMALL),
         "qwen3": lambda: t.Qwen3Config(**SMALL, head_dim=16),
-        "gemma2": lambda: t.Gemma2Config(**SMALL, head_dim=16, sliding_window=8, attn_logit_softcapping=3.0, final_logit_softcapping=5.0),
+        "gemma2": lambda: t.Gemma2Config(
+            **SMALL, head_dim=16, sliding_window=8, attn_logit_softcapping=3.0, final_logit_softcapping=5.0
+        ),
         "gemma3": lambda: t.Gemma3TextConfig(**SMALL, head_dim=16, sliding_window=8),
         "phi3": lambda: t.Phi3Config(**SMALL, pad_token_id=0),
         "gpt2": lambda: t.GPT2Config(**gpt2, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0),
@@ -44,7 +54,7 @@ def model_of(name: str, implementation: str, dtype=torch.float32):
 def stream(rows: list[torch.Tensor]) -> Batch:
     lengths = torch.tensor([0] + [len(row) for row in rows])
     starts = lengths.cumsum(0)
-    at = torch.cat([torch.arange(a, b - 1) for a, b in zip(starts[:-1], starts[1:], strict=True)])
+    at = torch.cat([torch.arange(a, b - 1) for a, b in itertools.pairwise(starts)])
     ids = torch.cat(rows)
     return Batch(ids, torch.cat([torch.arange(len(row)) for row in rows]), starts, at, ids[at + 1])
 
@@ -80,7 +90,9 @@ def test_gemm_attention_and_its_gradients_equal_sdpa(heads, kv, window):
     theirs = attention._sdpa(q, k, v, 0.3, window)
     torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=1e-5)
     for found, expected in zip(
-        torch.autograd.grad((ours * weight).sum(), (q, k, v)), torch.autograd.grad((theirs * weight).sum(), (q, k, v)), strict=True
+        torch.autograd.grad((ours * weight).sum(), (q, k, v)),
+        torch.autograd.grad((theirs * weight).sum(), (q, k, v)),
+        strict=True,
     ):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
@@ -90,7 +102,10 @@ def test_gradients_through_a_packed_stream_equal_those_of_single_rows():
     lengths = (5, 30, 31, 7, 29)
     parts = [[torch.randn(n, h, 8, requires_grad=True) for h in (4, 2, 2)] for n in lengths]
     weights = [torch.randn(n, 4, 8) for n in lengths]
-    total = sum((attention._plain(q[None], k[None], v[None], 0.35, None, None, 0.0)[0] * w).sum() for (q, k, v), w in zip(parts, weights, strict=True))
+    total = sum(
+        (attention._plain(q[None], k[None], v[None], 0.35, None, None, 0.0)[0] * w).sum()
+        for (q, k, v), w in zip(parts, weights, strict=True)
+    )
     expected = torch.autograd.grad(total, [x for part in parts for x in part])
     flat = [torch.cat([part[i] for part in parts]) for i in range(3)]
     plan = attention.plan([0, 5, 35, 66, 73, 102])

@@ -1,6 +1,9 @@
-"""The loss head equals plain cross-entropy, loss and gradient, on plain heads and on those with a bias, scale or cap."""
+"""The loss head equals plain cross-entropy, loss and gradient, on plain heads and on those with a bias, scale or
+cap."""
 
 from __future__ import annotations
+
+import itertools
 
 import pytest
 import torch
@@ -11,9 +14,14 @@ from tunelet.data.pack import make_batch
 from tunelet.models import attention, head
 
 SMALL = {
-    "vocab_size": 211, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "intermediate_size": 64, "max_position_embeddings": 128,
-}  # fmt: skip
+    "vocab_size": 211,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 128,
+}
 
 
 def build(name: str):
@@ -48,14 +56,16 @@ def batch(seed: int = 0) -> Batch:
 def plain_nll(model, rows: Batch):
     """transformers' own logits of each row alone, torch's cross-entropy."""
     borders, total = rows.segments.tolist(), 0.0
-    for a, b in zip(borders[:-1], borders[1:], strict=True):
+    for a, b in itertools.pairwise(borders):
         logits = model(rows.input_ids[None, a:b], use_cache=False).logits[0]
         here = (rows.loss_at >= a) & (rows.loss_at < b)
         total = total + F.cross_entropy(logits[rows.loss_at[here] - a], rows.targets[here], reduction="sum")
     return total
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "llama-untied", "gemma2-cap", "granite-scale", "cohere-scale", "phi-bias"])
+@pytest.mark.parametrize(
+    "name", ["llama-tied", "llama-untied", "gemma2-cap", "granite-scale", "cohere-scale", "phi-bias"]
+)
 @pytest.mark.parametrize("chunk", [None, 10])
 def test_loss_and_gradients_equal_plain_cross_entropy(name, chunk, monkeypatch):
     if chunk:  # many chunks of the head
@@ -71,7 +81,9 @@ def test_loss_and_gradients_equal_plain_cross_entropy(name, chunk, monkeypatch):
     found.backward()
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
     for key, p in model.named_parameters():
-        torch.testing.assert_close(p.grad, wanted[key], atol=1e-5, rtol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+        torch.testing.assert_close(
+            p.grad, wanted[key], atol=1e-5, rtol=1e-5, msg=lambda text, key=key: f"{key}: {text}"
+        )
 
 
 def test_an_outer_factor_reaches_the_gradients():

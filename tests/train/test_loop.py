@@ -30,7 +30,14 @@ def rows(n=40, seed=0, vocabulary=64):
         length = int(torch.randint(4, 24, (1,), generator=generator))
         steps = torch.randint(1, 3, (length,), generator=generator)
         ids = ((int(torch.randint(0, vocabulary, (1,), generator=generator)) + steps.cumsum(0)) % vocabulary).tolist()
-        out.append(Tokens(tuple(ids), tuple(j > length // 3 for j in range(length)), ((0, length, "text"),), Origin("test.jsonl", i + 1)))
+        out.append(
+            Tokens(
+                tuple(ids),
+                tuple(j > length // 3 for j in range(length)),
+                ((0, length, "text"),),
+                Origin("test.jsonl", i + 1),
+            )
+        )
     return out
 
 
@@ -40,12 +47,18 @@ def model(dtype="float32", dropout=0.0):
     from tunelet.models import load
 
     if dropout:
-        config = GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=64, resid_pdrop=dropout, attn_pdrop=dropout, embd_pdrop=dropout)
+        config = GPT2Config(
+            n_embd=32, n_layer=2, n_head=2, n_positions=64, resid_pdrop=dropout, attn_pdrop=dropout, embd_pdrop=dropout
+        )
     else:
         config = LlamaConfig(
-            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
             max_position_embeddings=64,
-        )  # fmt: skip
+        )
     return load.new_model({**config.to_dict(), "vocab_size": 64}, 64, {"eos": 0, "pad": 0, "bos": None}, 0, CPU[dtype])
 
 
@@ -58,14 +71,22 @@ def run_of(folder, made):
     return Run.open_or_create(folder, made)[0]
 
 
-def train(folder, made=None, *, dtype="float32", dropout=0.0, eval_rows=(), train_rows=None, the_model=None, console=None):
+def train(
+    folder, made=None, *, dtype="float32", dropout=0.0, eval_rows=(), train_rows=None, the_model=None, console=None
+):
     made = made or recipe()
     run = run_of(folder, made)
     built = the_model or model(dtype, dropout)
     trained = loop.train(
-        made, run, model=built, tokenizer=None, train_rows=rows() if train_rows is None else train_rows, eval_rows=list(eval_rows),
-        choice=CPU[dtype], console=console or Console(quiet=True),
-    )  # fmt: skip
+        made,
+        run,
+        model=built,
+        tokenizer=None,
+        train_rows=rows() if train_rows is None else train_rows,
+        eval_rows=list(eval_rows),
+        choice=CPU[dtype],
+        console=console or Console(quiet=True),
+    )
     return trained, built, run
 
 
@@ -85,9 +106,17 @@ def test_loss_falls_and_the_log_has_every_figure(tmp_path):
     assert [row["step"] for row in steps] == list(range(3, 31, 3))
     assert steps[-1]["loss"] < steps[0]["loss"] - 0.3
     assert set(steps[0]) == {
-        "step", "loss", "learning_rate", "grad_norm", "tokens", "trained_tokens", "tokens_per_second", "tokens_per_cpu_second",
-        "peak_mb", "elapsed_seconds",
-    }  # fmt: skip
+        "step",
+        "loss",
+        "learning_rate",
+        "grad_norm",
+        "tokens",
+        "trained_tokens",
+        "tokens_per_second",
+        "tokens_per_cpu_second",
+        "peak_mb",
+        "elapsed_seconds",
+    }
     assert steps[-1]["tokens_per_second"] > 0 and steps[-1]["peak_mb"] > 50
     held_out = [row for row in log if "held_out_loss" in row]
     assert [row["step"] for row in held_out] == [0, 10, 20, 30]
@@ -101,7 +130,10 @@ def test_1x8_equals_8x1(tmp_path):
     for name, size, accumulation in (("8x1", 8, 1), ("1x8", 1, 8), ("3x3", 3, 3)):
         made = recipe(batch_size=size, gradient_accumulation=accumulation, max_steps=6, log_steps=1, weight_decay=0.01)
         _, built, run = train(tmp_path / name, made)
-        results[name] = (weights(built), [(row["loss"], row["grad_norm"], row["trained_tokens"]) for row in run.log_rows()])
+        results[name] = (
+            weights(built),
+            [(row["loss"], row["grad_norm"], row["trained_tokens"]) for row in run.log_rows()],
+        )
     for (a, norm_a, targets_a), (b, norm_b, targets_b) in zip(results["8x1"][1], results["1x8"][1], strict=True):
         assert targets_a == targets_b
         assert a == pytest.approx(b, rel=2e-6)
@@ -145,7 +177,9 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, monkeypatch, dtype, 
         _, resumed, run = train(folder, made, dtype=dtype, dropout=dropout, eval_rows=held)
         assert same(expected, weights(resumed)), f"stopped in step {stop_at + 1}"
         timeless = ("tokens_per_second", "tokens_per_cpu_second", "peak_mb", "elapsed_seconds")
-        cleaned = [[{k: v for k, v in row.items() if k not in timeless} for row in some] for some in (log, run.log_rows())]
+        cleaned = [
+            [{k: v for k, v in row.items() if k not in timeless} for row in some] for some in (log, run.log_rows())
+        ]
         assert cleaned[0] == cleaned[1]
 
 
@@ -174,7 +208,9 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, monkeypatch):
 def test_early_stopping_restores_the_best_weights(tmp_path):
     """A rate that destroys what was learned: held-out loss falls, then rises; the best weights come back."""
     held = rows(12, seed=1)
-    made = recipe(max_steps=60, eval_steps=2, early_stopping=2, learning_rate=0.3, schedule="constant", warmup=40, max_grad_norm=0)
+    made = recipe(
+        max_steps=60, eval_steps=2, early_stopping=2, learning_rate=0.3, schedule="constant", warmup=40, max_grad_norm=0
+    )
     trained, built, run = train(tmp_path / "run", made, eval_rows=held)
     losses = [row["held_out_loss"] for row in run.log_rows() if "held_out_loss" in row]
     assert trained.steps < 60
@@ -185,7 +221,9 @@ def test_early_stopping_restores_the_best_weights(tmp_path):
 
 def test_early_stopping_resumes_the_same(tmp_path, monkeypatch):
     held = rows(12, seed=1)
-    made = recipe(max_steps=60, eval_steps=2, early_stopping=2, learning_rate=0.3, schedule="constant", warmup=40, save_steps=3)
+    made = recipe(
+        max_steps=60, eval_steps=2, early_stopping=2, learning_rate=0.3, schedule="constant", warmup=40, save_steps=3
+    )
     trained, whole, _ = train(tmp_path / "whole", made, eval_rows=held)
     assert trained.steps < 60
     real, calls = loop.losses()["sft"], iter(range(1000))
@@ -208,7 +246,9 @@ def test_early_stopping_resumes_the_same(tmp_path, monkeypatch):
 
 def test_nan_stops_with_a_clear_error_and_leaves_the_checkpoint(tmp_path, monkeypatch):
     real, calls = loop.losses()["sft"], iter(range(1000))
-    monkeypatch.setattr(loop, "losses", lambda: {"sft": lambda *a: real(*a) * (float("nan") if next(calls) == 6 else 1.0)})
+    monkeypatch.setattr(
+        loop, "losses", lambda: {"sft": lambda *a: real(*a) * (float("nan") if next(calls) == 6 else 1.0)}
+    )
     with pytest.raises(TuneletError, match="step 7") as caught:
         train(tmp_path / "run", recipe(save_steps=3))
     assert "learning_rate" in caught.value.fix and "step-000006" in caught.value.fix

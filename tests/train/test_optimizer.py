@@ -10,7 +10,9 @@ from tunelet.train.optimizer import AdamW, round_stochastically
 
 def layers(dtype=torch.float32, seed=0):
     torch.manual_seed(seed)
-    return torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.Tanh(), torch.nn.LayerNorm(32), torch.nn.Linear(32, 4)).to(dtype)
+    return torch.nn.Sequential(
+        torch.nn.Linear(16, 32), torch.nn.Tanh(), torch.nn.LayerNorm(32), torch.nn.Linear(32, 4)
+    ).to(dtype)
 
 
 def data():
@@ -48,6 +50,7 @@ def test_fp32_equals_torch_adamw_with_clipping_and_decay_on_matrices_only():
 def test_stochastic_rounding_is_unbiased_exact_on_the_grid_and_repeatable():
     grid = torch.cat([torch.randn(4096).bfloat16().float(), torch.zeros(1000), -torch.zeros(1000)])
     value = torch.full((200_000,), 1.0 + 2**-7 * 0.3)  # three tenths of the way between two neighbours
+
     def generator():
         return torch.Generator().manual_seed(3)
 

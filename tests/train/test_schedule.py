@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from tunelet.train.schedule import learning_rate, warmup_steps
 
 
 def rates(schedule, total=100, warmup=0.1, min_ratio=0.1):
-    return [learning_rate(step, total, peak=2.0, schedule=schedule, warmup=warmup, min_ratio=min_ratio) for step in range(total)]
+    return [
+        learning_rate(step, total, peak=2.0, schedule=schedule, warmup=warmup, min_ratio=min_ratio)
+        for step in range(total)
+    ]
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
@@ -32,7 +37,7 @@ def test_halfway():
 def test_wsd_stays_up_and_then_falls():
     found = rates("wsd")
     assert found[10:90] == [2.0] * 80
-    assert all(a > b for a, b in zip(found[89:], found[90:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(found))
 
 
 def test_warmup_as_share_and_as_steps():

@@ -1,4 +1,5 @@
-"""Pure loss functions, one file a method. `LOSSES` is the extension point: name -> loss(model, batch, targets_in_step)."""
+"""Pure loss functions, one file a method. `LOSSES` is the extension point: name -> loss(model, batch,
+targets_in_step)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""First or continued training on plain text: the mean negative log-likelihood of every next token. Data choices are not made here.
+"""First or continued training on plain text: the mean negative log-likelihood of every next token. Data choices are not
+made here.
 
 L = -1/N sum_t log p(x_t | x_<t), Bengio et al., "A Neural Probabilistic Language Model" (JMLR 2003).
 """
@@ -14,5 +15,6 @@ from tunelet.models import head
 
 
 def loss(model: Any, batch: Batch, targets_in_step: int) -> torch.Tensor:
-    """This batch's share of the step's loss: sum of its negative log-likelihoods / targets of the whole optimizer step. fp32 scalar."""
+    """This batch's share of the step's loss: sum of its negative log-likelihoods / targets of the whole optimizer step.
+    fp32 scalar."""
     return head.nll_sum(model, batch, 1.0 / targets_in_step)

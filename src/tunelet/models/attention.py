@@ -1,11 +1,13 @@
 """Attention over rows laid one after the other without padding, registered with transformers under the name "tunelet".
 
-Not for generation with a key-value cache (calls without a plan fall through to transformers' SDPA) and not a model: any architecture of
-transformers that reads the attention interface gets it. Evidence for the choices: `docs/notebook.md` (training speed on a CPU).
+Not for generation with a key-value cache (calls without a plan fall through to transformers' SDPA) and not a model: any
+architecture of transformers that reads the attention interface gets it. Evidence for the choices: `docs/notebook.md`
+(training speed on a CPU).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +16,8 @@ import torch
 import torch.nn.functional as F
 
 NAME = "tunelet"
-# Up to this length a batched GEMM with a stored bf16 probability matrix beats the CPU flash kernel; beyond it memory and time turn.
+# Up to this length a batched GEMM with a stored bf16 probability matrix beats the CPU flash kernel; beyond it memory
+# and time turn.
 GEMM_MAX_LENGTH = 640
 # Queries are cut in blocks, so that keys that lie wholly in the future are not multiplied at all.
 QUERY_BLOCK = 128
@@ -34,8 +37,8 @@ class Group:
 class AttentionPlan:
     """How the flat stream of T tokens is laid out for attention, made once per batch and read by every layer.
 
-    gather: [P] int64, position of the layout -> token of the stream (padding repeats a token of its row); None: the layout *is* the stream.
-    scatter: [T] int64, token of the stream -> its position in the layout; None with `gather`.
+    gather: [P] int64, position of the layout -> token of the stream (padding repeats a token of its row); None: the
+    layout *is* the stream. scatter: [T] int64, token of the stream -> its position in the layout; None with `gather`.
     """
 
     groups: tuple[Group, ...]
@@ -46,7 +49,7 @@ class AttentionPlan:
 def plan(segments: torch.Tensor | Sequence[int], device: Any = None) -> AttentionPlan:
     """Group the rows of a stream by similar length. `segments`: [rows + 1] borders, as in `Batch.segments`."""
     borders = segments.tolist() if isinstance(segments, torch.Tensor) else list(segments)
-    lengths = [b - a for a, b in zip(borders[:-1], borders[1:], strict=True)]
+    lengths = [b - a for a, b in itertools.pairwise(borders)]
     if not lengths or min(lengths) <= 0:
         raise ValueError(f"segments must rise strictly, got {borders}")
     if len(set(lengths)) == 1:
@@ -75,7 +78,8 @@ def plan(segments: torch.Tensor | Sequence[int], device: Any = None) -> Attentio
 
 
 class _Lay(torch.autograd.Function):
-    """Stream -> layout or back: out[i] = x[index[i]]. The backward is a gather too, because each token has exactly one real place."""
+    """Stream -> layout or back: out[i] = x[index[i]]. The backward is a gather too, because each token has exactly one
+    real place."""
 
     @staticmethod
     def forward(ctx, x, index, back, to_layout):
@@ -92,7 +96,9 @@ class _Lay(torch.autograd.Function):
         return out.index_copy_(0, index, grad.contiguous()), None, None, None
 
 
-def _block_mask(start: int, stop: int, first_key: int, window: int | None, dtype: torch.dtype, device: Any) -> torch.Tensor:
+def _block_mask(
+    start: int, stop: int, first_key: int, window: int | None, dtype: torch.dtype, device: Any
+) -> torch.Tensor:
     """[stop - start, stop - first_key] additive mask of queries start..stop-1 over keys first_key..stop-1."""
     queries = torch.arange(start, stop, device=device)[:, None]
     keys = torch.arange(first_key, stop, device=device)[None]
@@ -106,7 +112,7 @@ def _blocks(length: int, window: int | None) -> list[tuple[int, int, int]]:
     """(first query, end of queries, first key) of each block."""
     count = max(1, round(length / QUERY_BLOCK))
     edges = [length * i // count for i in range(count + 1)]
-    return [(a, b, max(0, a - window + 1) if window else 0) for a, b in zip(edges[:-1], edges[1:], strict=True) if b > a]
+    return [(a, b, max(0, a - window + 1) if window else 0) for a, b in itertools.pairwise(edges) if b > a]
 
 
 class _GemmAttention(torch.autograd.Function):
@@ -168,7 +174,8 @@ class _GemmAttention(torch.autograd.Function):
 
 
 def _plain(q, k, v, scale, window, softcap, dropout):
-    """The same by ordinary differentiable operations, for what the fast paths leave out: capped scores and attention dropout."""
+    """The same by ordinary differentiable operations, for what the fast paths leave out: capped scores and attention
+    dropout."""
     b, length, heads, dim = q.shape
     kv = k.shape[2]
     qs = q.view(b, length, kv, heads // kv, dim).permute(0, 2, 3, 1, 4)
@@ -187,9 +194,14 @@ def _sdpa(q, k, v, scale, window):
     if window and window < length:
         mask = _block_mask(0, length, 0, window, q.dtype, q.device)
     out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, is_causal=mask is None, scale=scale,
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
         enable_gqa=q.shape[2] != k.shape[2],
-    )  # fmt: skip
+    )
     return out.transpose(1, 2)
 
 
@@ -219,31 +231,62 @@ def flat_attention(q, k, v, plan: AttentionPlan, *, scale, window=None, softcap=
 
 
 def _attention(
-    module, query, key, value, attention_mask, scaling=None, dropout=0.0, segments=None, sliding_window=None, softcap=None, **kw
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling=None,
+    dropout=0.0,
+    segments=None,
+    sliding_window=None,
+    softcap=None,
+    **kw,
 ):
     """transformers' attention interface: query [1, H, T, D] -> ([1, T, H, D], None)."""
     if segments is None:
         if attention_mask is None and 1 < query.shape[2] == key.shape[2] and getattr(module, "is_causal", True):
-            scale = query.shape[-1] ** -0.5 if scaling is None else scaling  # whole rows without padding: windows and caps as in a plan
-            return _rows(*(x.transpose(1, 2) for x in (query, key, value)), scale, sliding_window, softcap, dropout), None
+            scale = (
+                query.shape[-1] ** -0.5 if scaling is None else scaling
+            )  # whole rows without padding: windows and caps as in a plan
+            return _rows(
+                *(x.transpose(1, 2) for x in (query, key, value)), scale, sliding_window, softcap, dropout
+            ), None
         if softcap:
             return _capped_with_cache(query, key, value, attention_mask, scaling, softcap), None
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, sliding_window=sliding_window, **kw
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            sliding_window=sliding_window,
+            **kw,
         )
     if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
-        raise ValueError(f"a plan goes with one flat stream and no cache, got queries {tuple(query.shape)}, keys {tuple(key.shape)}")
+        raise ValueError(
+            f"a plan goes with one flat stream and no cache, got queries {tuple(query.shape)}, keys {tuple(key.shape)}"
+        )
     out = flat_attention(
-        query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), segments,
-        scale=query.shape[-1] ** -0.5 if scaling is None else scaling, window=sliding_window, softcap=softcap, dropout=dropout,
-    )  # fmt: skip
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        segments,
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=sliding_window,
+        softcap=softcap,
+        dropout=dropout,
+    )
     return out[None], None
 
 
 def _capped_with_cache(query, key, value, mask, scaling, softcap):
-    """Capped scores under a boolean mask, which SDPA cannot do. query: [b, H, n, D]; key, value: [b, KV, m, D]; returns [b, n, H, D]."""
+    """Capped scores under a boolean mask, which SDPA cannot do. query: [b, H, n, D]; key, value: [b, KV, m, D]; returns
+    [b, n, H, D]."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = (query @ key.transpose(-1, -2)).float() * (query.shape[-1] ** -0.5 if scaling is None else scaling)
@@ -259,7 +302,9 @@ def _mask(*args, batch_size=None, q_length=None, kv_length=None, attention_mask=
         return None
     from transformers.masking_utils import sdpa_mask
 
-    return sdpa_mask(*args, batch_size=batch_size, q_length=q_length, kv_length=kv_length, attention_mask=attention_mask, **kw)
+    return sdpa_mask(
+        *args, batch_size=batch_size, q_length=q_length, kv_length=kv_length, attention_mask=attention_mask, **kw
+    )
 
 
 def register() -> str:

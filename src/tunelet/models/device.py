@@ -1,6 +1,8 @@
-"""Which device, dtype and number of threads to compute with, and why. Not for loading models; imports torch only when it must look at a GPU.
+"""Which device, dtype and number of threads to compute with, and why. Not for loading models; imports torch only when
+it must look at a GPU.
 
-bfloat16 is chosen on a CPU only where the CPU multiplies it in hardware: elsewhere it is emulated, and slower than float32.
+bfloat16 is chosen on a CPU only where the CPU multiplies it in hardware: elsewhere it is emulated, and slower than
+float32.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ BF16_FLAGS = ("amx_bf16", "avx512_bf16", "bf16")  # x86 twice, then arm's name i
 class Choice:
     """device: "cpu", "cuda" or "mps"; dtype: "float32" or "bfloat16"; reasons: why, one sentence for each field.
 
-    matmul_precision: what `torch.set_float32_matmul_precision` gets ("highest", or "medium": oneDNN's kernels on a CPU).
+    matmul_precision: what `torch.set_float32_matmul_precision` gets ("highest", or "medium": oneDNN's kernels on a
+    CPU).
     """
 
     device: str
@@ -68,7 +71,11 @@ def _device(asked: str) -> tuple[str, str]:
         return found, f"torch reaches {torch.cuda.get_device_name() if found == 'cuda' else 'the GPU of this Mac'}"
     if asked != found:
         built = f"torch {torch.__version__} reaches {'no GPU' if found == 'cpu' else found} here"
-        raise TuneletError(f"The device {asked} cannot be used.", why=built, fix='Set model.device to "auto" or "cpu", or install a torch built for that GPU.')
+        raise TuneletError(
+            f"The device {asked} cannot be used.",
+            why=built,
+            fix='Set model.device to "auto" or "cpu", or install a torch built for that GPU.',
+        )
     return asked, "asked for"
 
 
@@ -78,7 +85,12 @@ def _gpu_possible() -> bool:
         return platform.machine() == "arm64"
     if os.name == "nt":
         return True
-    return Path("/proc/driver/nvidia").exists() or Path("/dev/nvidia0").exists() or Path("/dev/kfd").exists() or Path("/dev/dxg").exists()
+    return (
+        Path("/proc/driver/nvidia").exists()
+        or Path("/dev/nvidia0").exists()
+        or Path("/dev/kfd").exists()
+        or Path("/dev/dxg").exists()
+    )
 
 
 def _dtype(asked: str, device: str) -> tuple[str, str]:
@@ -95,7 +107,9 @@ def _dtype(asked: str, device: str) -> tuple[str, str]:
     flag = cpu_bf16_flag()
     if flag:
         return "bfloat16", f"this CPU multiplies bfloat16 in hardware ({flag})"
-    return "float32", "this CPU has no bfloat16 instructions (" + ", ".join(BF16_FLAGS[:2]) + " or Arm bf16), and emulation is slower than float32"
+    return "float32", "this CPU has no bfloat16 instructions (" + ", ".join(
+        BF16_FLAGS[:2]
+    ) + " or Arm bf16), and emulation is slower than float32"
 
 
 @cache
@@ -108,7 +122,9 @@ def cpu_bf16_flag() -> str:
                 return next((flag for flag in BF16_FLAGS if flag in line.split()), "")
         return ""
     if sys.platform == "darwin":
-        asked = subprocess.run(["sysctl", "-n", "hw.optional.arm.FEAT_BF16"], capture_output=True, text=True, check=False)
+        asked = subprocess.run(
+            ["sysctl", "-n", "hw.optional.arm.FEAT_BF16"], capture_output=True, text=True, check=False
+        )
         return "FEAT_BF16" if asked.stdout.strip() == "1" else ""
     import torch
 
@@ -135,7 +151,8 @@ def _threads_per_core() -> int:
 
 @cache
 def _matmul_precision(threads: int) -> tuple[str, str]:
-    """Measured, not assumed: on some CPUs torch's default float32 GEMM is half as fast as oneDNN's, which "medium" selects.
+    """Measured, not assumed: on some CPUs torch's default float32 GEMM is half as fast as oneDNN's, which "medium"
+    selects.
 
     By contract "medium" may compute in bfloat16: it is taken only where the result stays float32-exact.
     """
@@ -161,16 +178,19 @@ def _matmul_precision(threads: int) -> tuple[str, str]:
         torch.set_num_threads(before_threads)
     ratio = seconds["highest"] / seconds["medium"]
     if error["medium"] > 1e-5:
-        return "highest", f'oneDNN would round to bfloat16 here (error {error["medium"]:.0e})'
+        return "highest", f"oneDNN would round to bfloat16 here (error {error['medium']:.0e})"
     if ratio < 1.15:
         return "highest", f"oneDNN's float32 kernels are no faster here ({ratio:.2f}x)"
-    return "medium", f"oneDNN's float32 kernels are {ratio:.1f}x as fast here and as exact (error {error['medium']:.0e})"
+    return (
+        "medium",
+        f"oneDNN's float32 kernels are {ratio:.1f}x as fast here and as exact (error {error['medium']:.0e})",
+    )
 
 
 @cache
 def keep_freed_memory() -> bool:
-    """glibc: do not give freed tensors back to the system at once. Every step asks for the same memory again, and fetching
-    fresh pages cost 13-20 % of a step (docs/notebook.md). True where it was set."""
+    """glibc: do not give freed tensors back to the system at once. Every step asks for the same memory again, and
+    fetching fresh pages cost 13-20 % of a step (docs/notebook.md). True where it was set."""
     if not sys.platform.startswith("linux"):
         return False
     import ctypes
@@ -184,7 +204,8 @@ def keep_freed_memory() -> bool:
 
 
 def peak_mb(device: str = "cpu") -> float | None:
-    """Most memory this process has held, in MB (10^6 bytes): of the GPU where there is one. None where the system does not tell."""
+    """Most memory this process has held, in MB (10^6 bytes): of the GPU where there is one. None where the system does
+    not tell."""
     if device == "cuda":
         import torch
 

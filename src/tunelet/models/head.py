@@ -1,4 +1,5 @@
-"""From a batch to the loss: the body runs once over the flat stream, the head only where a token has a target, in chunks.
+"""From a batch to the loss: the body runs once over the flat stream, the head only where a token has a target, in
+chunks.
 
 Not a loss function of a method (those are in `methods/`) and no template code. Softmax is in fp32 always.
 """
@@ -24,7 +25,12 @@ def _causal_lm(model: nn.Module) -> Any:
 
 def _inputs(batch: Batch, plan: attention.AttentionPlan | None) -> dict[str, Any]:
     plan = plan or attention.plan(batch.segments, batch.input_ids.device)
-    return {"input_ids": batch.input_ids[None], "position_ids": batch.position_ids[None], "segments": plan, "use_cache": False}
+    return {
+        "input_ids": batch.input_ids[None],
+        "position_ids": batch.position_ids[None],
+        "segments": plan,
+        "use_cache": False,
+    }
 
 
 def hidden_states(model: nn.Module, batch: Batch, plan: attention.AttentionPlan | None = None) -> torch.Tensor:
@@ -33,7 +39,8 @@ def hidden_states(model: nn.Module, batch: Batch, plan: attention.AttentionPlan 
 
 
 def is_plain(model: nn.Module) -> bool:
-    """Whether logits are exactly hidden @ weight.T: found by comparing the two on a few tokens, not by the model's name.
+    """Whether logits are exactly hidden @ weight.T: found by comparing the two on a few tokens, not by the model's
+    name.
 
     False for heads with a bias, a scale, a cap, or an adapter of their own; these take the model's own path.
     """
@@ -53,14 +60,17 @@ def is_plain(model: nn.Module) -> bool:
             ours = nn.functional.linear(hidden_states(lm, probe), head.weight).float()
             theirs = lm(**_inputs(probe, None)).logits[0].float()
         lm.train(was_training)
-        known = ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=1e-3, atol=1e-5 * float(theirs.abs().max()))
+        known = ours.shape == theirs.shape and torch.allclose(
+            ours, theirs, rtol=1e-3, atol=1e-5 * float(theirs.abs().max())
+        )
         lm._tunelet_plain_head = known
     return known
 
 
 class _NllSum(torch.autograd.Function):
-    """coefficient * sum of -log softmax(h W^T)[target], with both gradients made in the forward: three GEMMs in all, where
-    recomputing the logits in the backward takes four and keeping them takes N x V memory. h: [N, d], W: [V, d], targets: [N]."""
+    """coefficient * sum of -log softmax(h W^T)[target], with both gradients made in the forward: three GEMMs in all,
+    where recomputing the logits in the backward takes four and keeping them takes N x V memory. h: [N, d], W: [V, d],
+    targets: [N]."""
 
     @staticmethod
     def forward(ctx, h, weight, targets, coefficient):
@@ -95,10 +105,13 @@ class _NllSum(torch.autograd.Function):
         return dh, dw, None, None
 
 
-def nll_sum(model: nn.Module, batch: Batch, coefficient: float = 1.0, plan: attention.AttentionPlan | None = None) -> torch.Tensor:
+def nll_sum(
+    model: nn.Module, batch: Batch, coefficient: float = 1.0, plan: attention.AttentionPlan | None = None
+) -> torch.Tensor:
     """coefficient * sum over the batch's targets of their negative log-probability: fp32 scalar with a gradient.
 
-    The coefficient is part of the call because the fast path makes gradients in the forward: scaling later would round twice.
+    The coefficient is part of the call because the fast path makes gradients in the forward: scaling later would round
+    twice.
     """
     if is_plain(model):
         weight = _causal_lm(model).get_output_embeddings().weight
@@ -114,7 +127,9 @@ def target_logprobs(model: nn.Module, batch: Batch, plan: attention.AttentionPla
         scored = hidden_states(model, batch, plan).index_select(0, batch.loss_at)
         chunk = max(1, CHUNK_ELEMENTS // weight.shape[0])
         parts = [
-            torch.utils.checkpoint.checkpoint(_logprobs, scored[i : i + chunk], weight, batch.targets[i : i + chunk], use_reentrant=False)
+            torch.utils.checkpoint.checkpoint(
+                _logprobs, scored[i : i + chunk], weight, batch.targets[i : i + chunk], use_reentrant=False
+            )
             for i in range(0, len(scored), chunk)
         ]
         return torch.cat(parts)

@@ -1,7 +1,7 @@
 """Models in: a folder, a run, a hub id or random weights become a transformers model with tunelet's attention.
 
-Not for tokenizers (data/render.py). Only safetensors: a pickle can run code when it is opened. What can be wrong with a folder is checked
-before anything is computed with it (models/weights.py reads the files' headers).
+Not for tokenizers (data/render.py). Only safetensors: a pickle can run code when it is opened. What can be wrong with a
+folder is checked before anything is computed with it (models/weights.py reads the files' headers).
 """
 
 from __future__ import annotations
@@ -15,7 +15,13 @@ from tunelet.models import weights
 from tunelet.models.device import Choice
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]  # of a hub repository: no pickles, no other frameworks' weights
+WANTED = [
+    "*.json",
+    "*.safetensors",
+    "*.jinja",
+    "*.model",
+    "*.txt",
+]  # of a hub repository: no pickles, no other frameworks' weights
 
 
 def resolve(path: str | Path) -> Path:
@@ -29,11 +35,15 @@ def resolve(path: str | Path) -> Path:
 
         return _checked(Path(starter.BASE), name)
     folder = Path(path)
-    if folder.exists():
+    if name and folder.exists():
         return _checked(_of_run(folder), name)
     if not HUB_ID.fullmatch(name):
         why = "there is no such folder" + ("" if name else ": the name is empty")
-        raise TuneletError(f"There is no model '{name}'.", why=why, fix="Give starter, a folder with config.json and model.safetensors, a run's folder, or a hub id (org/name).")
+        raise TuneletError(
+            f"There is no model '{name}'.",
+            why=why,
+            fix="Give starter, a folder with config.json and model.safetensors, a run, or a hub id (org/name).",
+        )
     return _hub(name)
 
 
@@ -44,15 +54,27 @@ def _of_run(folder: Path) -> Path:
         return folder
     model = record.Run.open(folder).model_folder()
     if model is None:
-        raise TuneletError(f"The run {folder} has no model yet.", why=f"it is {record.Run(folder).status}", fix=f"Finish it with: tunelet train --resume {folder}")
+        raise TuneletError(
+            f"The run {folder} has no model yet.",
+            why=f"it is {record.Run(folder).status}",
+            fix=f"Finish it with: tunelet train --resume {folder}",
+        )
     return model
 
 
 def _checked(folder: Path, name: str) -> Path:
     if not folder.is_dir():
-        raise TuneletError(f"The model '{name}' is not a folder.", why="a model is a folder with config.json, model.safetensors and tokenizer.json", fix=f"Give the folder: {folder.parent}")
+        raise TuneletError(
+            f"The model '{name}' is not a folder.",
+            why="a model is a folder with config.json, model.safetensors and tokenizer.json",
+            fix=f"Give the folder: {folder.parent}",
+        )
     if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
-        raise TuneletError(f"The folder {folder} holds no model.", why="there is neither config.json nor adapter_config.json in it", fix="Give the folder that holds config.json and model.safetensors.")
+        raise TuneletError(
+            f"The folder {folder} holds no model.",
+            why="there is neither config.json nor adapter_config.json in it",
+            fix="Give the folder that holds config.json and model.safetensors.",
+        )
     return folder
 
 
@@ -67,18 +89,35 @@ def _hub(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=WANTED, local_files_only=offline))
     except (LocalEntryNotFoundError, FileNotFoundError) as error:
-        why = "HF_HUB_OFFLINE asks for no network" if asked_off else "the hub cannot be reached: this machine is offline"
-        raise TuneletError(f"There is no model '{name}' on this machine.", why=f"no folder has that name, it is not in the cache, and {why}", fix="Give a folder, use starter, or run once with a network to fetch it.") from error
+        why = (
+            "HF_HUB_OFFLINE asks for no network" if asked_off else "the hub cannot be reached: this machine is offline"
+        )
+        raise TuneletError(
+            f"There is no model '{name}' on this machine.",
+            why=f"no folder has that name, it is not in the cache, and {why}",
+            fix="Give a folder, use starter, or run once with a network to fetch it.",
+        ) from error
     except (HfHubHTTPError, OSError) as error:
         first = str(error).strip().splitlines()[0]
-        raise TuneletError(f"The model '{name}' cannot be fetched.", why=first, fix="Check the name on the hub (org/name) and whether it asks you to accept terms and log in.") from error
+        raise TuneletError(
+            f"The model '{name}' cannot be fetched.",
+            why=first,
+            fix="Check the name on the hub (org/name) and whether it asks you to accept terms and log in.",
+        ) from error
 
 
-def load_model(path: str | Path, choice: Choice, *, trust_remote_code: bool = False, dtype: str | None = None, trainable: bool = False) -> Any:
+def load_model(
+    path: str | Path,
+    choice: Choice,
+    *,
+    trust_remote_code: bool = False,
+    dtype: str | None = None,
+    trainable: bool = False,
+) -> Any:
     """The model at `path`, on the chosen device, in `dtype` (None: the chosen one), in eval mode.
 
-    An adapter's folder gives a PeftModel on its base; `trainable` lets the adapter learn on. Raises TuneletError on pickles, missing,
-    damaged or incomplete weights, and weights that are not finite.
+    An adapter's folder gives a PeftModel on its base; `trainable` lets the adapter learn on. Raises TuneletError on
+    pickles, missing, damaged or incomplete weights, and weights that are not finite.
     """
     folder = resolve(path)
     if (folder / "adapter_config.json").is_file():
@@ -94,35 +133,68 @@ def _load_base(folder: Path, choice: Choice, trust_remote_code: bool, dtype: str
 
     from tunelet.models import attention
 
-    bars = logging.is_progress_bar_enabled()
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # its report of the keys; what matters in it is said below, as an error
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
         model, info = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=getattr(torch, dtype or choice.dtype), attn_implementation=attention.register(), use_safetensors=True,
-            local_files_only=True, trust_remote_code=trust_remote_code, output_loading_info=True,
-        )  # fmt: skip
+            folder,
+            config=config,
+            dtype=getattr(torch, dtype or choice.dtype),
+            attn_implementation=attention.register(),
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
     except (ValueError, KeyError, OSError, RuntimeError, ImportError, TypeError) as error:
         raise _cannot_load(folder, error) from error
     finally:
+        logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-    missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info.get("mismatched_keys", ()))
+    missing = sorted(info["missing_keys"]) + sorted(str(key[0]) for key in info["mismatched_keys"])
     if missing:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-        raise TuneletError(f"The weights in {folder} do not fit its config.json.", why=f"missing or of another shape: {shown}", fix="Get the folder again: weights and config.json must be of one model. Training would start from random numbers there.")
+        raise TuneletError(
+            f"The weights in {folder} do not fit its config.json.",
+            why=f"missing or of another shape: {shown}",
+            fix="Get the folder again: weights and config.json must be of one model. Training would go on from random "
+            "numbers there.",
+        )
     weights.check_finite(model, folder)
     return model.to(choice.device).eval()
 
 
+def _reason(error: BaseException) -> str:
+    """The one line of a library's error that says what is wrong: the innermost cause's first."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def _cannot_load(folder: Path, error: Exception) -> TuneletError:
     text = str(error).strip()
-    first = text.splitlines()[0] if text else type(error).__name__
+    first = _reason(error)
     if "trust_remote_code" in text:
-        return TuneletError(f"The model in {folder} brings its own code.", why="that code would run on this machine, so it is off unless asked for", fix="If you trust its author: --set model.trust_remote_code=true")
+        return TuneletError(
+            f"The model in {folder} brings its own code.",
+            why="that code would run on this machine, so it is off unless asked for",
+            fix="If you trust its author: --set model.trust_remote_code=true",
+        )
     if "should be one of" in text or "Unrecognized configuration class" in text:
-        return TuneletError(f"The model in {folder} is not a causal language model.", why=first, fix="Give a model that writes text, for example of type llama, qwen2, qwen3, gemma3_text, phi3 or gpt2.")
-    return TuneletError(f"The model in {folder} cannot be loaded.", why=first, fix="Compare its config.json with the model's page, or get the folder again.")
+        return TuneletError(
+            f"The model in {folder} is not a causal language model.",
+            why=first,
+            fix="Give a model that writes text, for example of type llama, qwen2, qwen3, gemma3_text, phi3 or gpt2.",
+        )
+    return TuneletError(
+        f"The model in {folder} cannot be loaded.",
+        why=first,
+        fix="Compare its config.json with the model's page, or get the folder again.",
+    )
 
 
 def _load_adapter(folder: Path, choice: Choice, trust_remote_code: bool, dtype: str | None, trainable: bool) -> Any:
@@ -131,30 +203,51 @@ def _load_adapter(folder: Path, choice: Choice, trust_remote_code: bool, dtype: 
     from peft import PeftModel
 
     if not (folder / "adapter_model.safetensors").is_file():
-        raise TuneletError(f"The adapter in {folder} has no weights.", why="there is no adapter_model.safetensors", fix="Save the adapter again as safetensors; pickle files are not opened.")
+        raise TuneletError(
+            f"The adapter in {folder} has no weights.",
+            why="there is no adapter_model.safetensors",
+            fix="Save the adapter again as safetensors; pickle files are not opened.",
+        )
     weights.check_file(folder / "adapter_model.safetensors")
     try:
         base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
-        raise TuneletError(f"{folder / 'adapter_config.json'} cannot be read.", why=str(error), fix="Get the adapter's folder again.") from error
+        raise TuneletError(
+            f"{folder / 'adapter_config.json'} cannot be read.", why=str(error), fix="Get the adapter's folder again."
+        ) from error
     try:
         base_folder = resolve(base or "")
     except TuneletError as error:
-        raise TuneletError(f"The base model of the adapter in {folder} is not here.", why=error.what, fix='Put the right folder in "base_model_name_or_path" of its adapter_config.json.') from error
+        raise TuneletError(
+            f"The base model of the adapter in {folder} is not here.",
+            why=error.what,
+            fix='Put the right folder in "base_model_name_or_path" of its adapter_config.json.',
+        ) from error
     weights.check(base_folder)
     model = PeftModel.from_pretrained(
-        _load_base(base_folder, choice, trust_remote_code, dtype), str(folder), is_trainable=trainable, autocast_adapter_dtype=False, use_safetensors=True
+        _load_base(base_folder, choice, trust_remote_code, dtype),
+        str(folder),
+        is_trainable=trainable,
+        autocast_adapter_dtype=False,
+        use_safetensors=True,
     )
     weights.check_finite(model, folder)
     return model.to(choice.device).eval()
 
 
-def new_model(architecture: dict[str, Any], vocab_size: int, special_ids: dict[str, int | None], seed: int, choice: Choice | None = None) -> Any:
+def new_model(
+    architecture: dict[str, Any],
+    vocab_size: int,
+    special_ids: dict[str, int | None],
+    seed: int,
+    choice: Choice | None = None,
+) -> Any:
     """A model of random weights, a function of `seed`; `choice` None: on the meta device, to look at its shapes only.
 
     architecture: a transformers config as a dict, with "model_type"; special_ids: {"bos": id, "eos": id, "pad": id}.
     """
     import torch
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -164,25 +257,38 @@ def new_model(architecture: dict[str, Any], vocab_size: int, special_ids: dict[s
     values = {"tie_word_embeddings": True, **architecture}
     kind = values.pop("model_type", "llama")
     if kind not in CONFIG_MAPPING:
-        raise TuneletError(f"model.architecture: there is no model_type '{kind}'.{did_you_mean(kind, CONFIG_MAPPING.keys())}", fix='Use one that transformers knows, for example model_type = "llama".')
+        raise TuneletError(
+            f"model.architecture: there is no model_type '{kind}'.{did_you_mean(kind, CONFIG_MAPPING.keys())}",
+            fix='Use one that transformers knows, for example model_type = "llama".',
+        )
     ids = {f"{name}_token_id": number for name, number in special_ids.items()}
     try:
         config = CONFIG_MAPPING[kind](**{**values, **ids, "vocab_size": vocab_size})
         torch.manual_seed(seed)
         with torch.device("meta" if choice is None else "cpu"):
-            model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.register(), dtype=torch.float32)
-    except (TypeError, ValueError, AttributeError, ZeroDivisionError, RuntimeError) as error:
-        raise TuneletError("model.architecture does not describe a model.", why=str(error).strip().splitlines()[0], fix="Compare it with the config.json of a model of that type.") from error
-    model.generation_config.eos_token_id, model.generation_config.pad_token_id = special_ids.get("eos"), special_ids.get("pad")
+            model = AutoModelForCausalLM.from_config(
+                config, attn_implementation=attention.register(), dtype=torch.float32
+            )
+    except (TypeError, ValueError, AttributeError, ZeroDivisionError, RuntimeError, StrictDataclassError) as error:
+        raise TuneletError(
+            "model.architecture does not describe a model.",
+            why=_reason(error),
+            fix="Compare it with the config.json of a model of that type.",
+        ) from error
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = (
+        special_ids.get("eos"),
+        special_ids.get("pad"),
+    )
     return model if choice is None else model.to(device=choice.device, dtype=getattr(torch, choice.dtype))
 
 
 def check_tokenizer(model: Any, tokenizer: Any, name: str) -> None:
-    """Raises TuneletError where the tokenizer has more entries than the model has embeddings: indexing would fail mid-training."""
+    """Raises TuneletError where the tokenizer has more entries than the model has embeddings: indexing would fail
+    mid-training."""
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise TuneletError(
             f"The tokenizer of '{name}' has {len(tokenizer)} entries, its model only {rows}.",
-            why="tokens were added to the tokenizer and the embeddings were not resized, or the two are of different models",
+            why="tokens were added to the tokenizer and the embeddings not resized, or the two are of different models",
             fix="Use the tokenizer that came with the model.",
         )

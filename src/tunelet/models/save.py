@@ -1,7 +1,9 @@
-"""A trained model to a folder that plain transformers (or plain peft) loads. Not for checkpoints of a run (train/checkpoint.py)."""
+"""A trained model to a folder that plain transformers (or plain peft) loads. Not for checkpoints of a run
+(train/checkpoint.py)."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -11,8 +13,8 @@ from typing import Any
 def save(model: Any, tokenizer: Any, folder: Path, dtype: str | None = None) -> None:
     """Write weights (safetensors), configuration, generation settings, tokenizer and chat template into `folder`.
 
-    dtype: "float32", "bfloat16" or "float16", what the weights are stored in; None: as they are. Converts the model in place.
-    An adapter is written in peft's own format. Raises OSError where the disk fails.
+    dtype: "float32", "bfloat16" or "float16", what the weights are stored in; None: as they are. Converts the model in
+    place. An adapter is written in peft's own format. Raises OSError where the disk fails.
     """
     import torch
     from safetensors import SafetensorError
@@ -33,10 +35,16 @@ def save(model: Any, tokenizer: Any, folder: Path, dtype: str | None = None) -> 
             logging.enable_progress_bar()
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+        path = folder / "tokenizer_config.json"
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        for how_it_was_loaded in ("is_local", "local_files_only"):
+            kept.pop(how_it_was_loaded, None)
+        path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty card
 
 
 def disk_error(error: Exception) -> Exception:
-    """safetensors hides the number that says what is wrong with the disk in its text: the OSError it stands for, or the error itself."""
+    """safetensors hides the number that says what is wrong with the disk in its text: the OSError it stands for, or the
+    error itself."""
     number = re.search(r"os error (\d+)", str(error))
     return error if number is None else OSError(int(number[1]), os.strerror(int(number[1])))

@@ -1,7 +1,9 @@
-"""Checkpoints of a run: everything that training needs to go on as if it had never stopped, whole on the disk or not there at all.
+"""Checkpoints of a run: everything that training needs to go on as if it had never stopped, whole on the disk or not
+there at all.
 
-Not the finished model (models/save.py). A checkpoint is `checkpoints/step-000200/` with state.safetensors (fp32 weights and moments) and
-state.json (cursor, counters). The rounding noise, the order of rows and dropout are functions of (seed, step): nothing of them is stored.
+Not the finished model (models/save.py). A checkpoint is `checkpoints/step-000200/` with state.safetensors (fp32 weights
+and moments) and state.json (cursor, counters). The rounding noise, the order of rows and dropout are functions of
+(seed, step): nothing of them is stored.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ FOLDER = "checkpoints"
 BEST = "best"
 
 
-def save(run: Run, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any], *, keep: int, name: str | None = None) -> Path:
+def save(
+    run: Run, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any], *, keep: int, name: str | None = None
+) -> Path:
     """Write a checkpoint under a temporary name, sync it, rename it, and then remove all but the newest `keep`.
 
     Raises TuneletError where the disk is full or read-only; the checkpoints that were there stay as they are.
@@ -80,5 +84,3 @@ def load(run: Run, name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 def _before(run: Run, name: str) -> str:
     older = [step for step in steps(run) if f"step-{step:06d}" != name]
     return f"step {older[-1]}" if older else "the start"
-
-

@@ -1,9 +1,11 @@
-"""The learning rate where the recipe leaves it to us (train.learning_rate = 0), with the source of each figure. Not the schedule.
+"""The learning rate where the recipe leaves it to us (train.learning_rate = 0), with the source of each figure. Not the
+schedule.
 
-Full fine-tuning and first training: alignment-handbook's smollm and smollm2 SFT recipes use 1e-3 for 135M and 360M and 3e-4 for 1.7B with
-128 rows a step; SmolLM2's report (arXiv:2502.02737) trains 135M and 360M at 3e-3 and 1.7B at 5e-4. Ours are lower where steps have
-8 rows instead of 128 (square-root scaling). Under 50M: trials on the starter (docs/notebook.md).
-LoRA: about ten times the rate of full tuning (Schulman et al., "LoRA Without Regret", 2025), with a ceiling of 2e-3.
+Full fine-tuning and first training: alignment-handbook's smollm and smollm2 SFT recipes use 1e-3 for 135M and 360M and
+3e-4 for 1.7B with 128 rows a step; SmolLM2's report (arXiv:2502.02737) trains 135M and 360M at 3e-3 and 1.7B at 5e-4.
+Ours are lower where steps have 8 rows instead of 128 (square-root scaling). Under 50M: trials on the starter
+(docs/notebook.md). LoRA: about ten times the rate of full tuning (Schulman et al., "LoRA Without Regret", 2025), with a
+ceiling of 2e-3.
 """
 
 from __future__ import annotations

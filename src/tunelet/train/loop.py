@@ -1,7 +1,9 @@
-"""The training loop: batches in a fixed order, forward and backward, one optimizer step, log, evaluate, checkpoint; and going on after a stop.
+"""The training loop: batches in a fixed order, forward and backward, one optimizer step, log, evaluate, checkpoint; and
+going on after a stop.
 
-Not for reading data (train/prepare.py), loss formulas (methods/) or files of the run (runs/record.py, train/checkpoint.py).
-Everything random is a function of (seed, epoch) or (seed, step), so that a resumed run ends bit-identical to one that never stopped.
+Not for reading data (train/prepare.py), loss formulas (methods/) or files of the run (runs/record.py,
+train/checkpoint.py). Everything random is a function of (seed, epoch) or (seed, step), so that a resumed run ends
+bit-identical to one that never stopped.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from tunelet.train.optimizer import AdamW
 
 @dataclass(frozen=True)
 class Trained:
-    """How a training ended. seconds are of training, evaluation included, over all its stops; tokens counts every token seen."""
+    """How a training ended. seconds are of training, evaluation included, over all its stops; tokens counts every token
+    seen."""
 
     steps: int
     best_loss: float | None
@@ -61,7 +64,8 @@ def total_steps(recipe: Recipe, rows: int) -> int:
 
 
 def step_rows(rows: Sequence[Tokens], recipe: Recipe, first_step: int, total: int) -> Iterator[list[list[Tokens]]]:
-    """The micro-batches of each optimizer step from `first_step` on. The rows of a step do not depend on how it is cut."""
+    """The micro-batches of each optimizer step from `first_step` on. The rows of a step do not depend on how it is
+    cut."""
     size = recipe.train.batch_size
     lengths = [len(row.ids) for row in rows]
     per_epoch = math.ceil(len(rows) / (size * recipe.train.gradient_accumulation))
@@ -91,17 +95,28 @@ def held_out(model: Any, rows: Sequence[Tokens], batch_size: int, on: str) -> fl
 
 
 def train(
-    recipe: Recipe, run: Run, *, model: Any, tokenizer: Any, train_rows: Sequence[Tokens], eval_rows: Sequence[Tokens], choice: device.Choice, console: Any
+    recipe: Recipe,
+    run: Run,
+    *,
+    model: Any,
+    tokenizer: Any,
+    train_rows: Sequence[Tokens],
+    eval_rows: Sequence[Tokens],
+    choice: device.Choice,
+    console: Any,
 ) -> Trained:
     """Train `model` in place on `train_rows`; on return its weights are the final (with early stopping: the best) ones.
 
-    Goes on from the run's newest checkpoint where there is one. Raises Interrupted after Ctrl-C (a checkpoint is saved), TuneletError
-    where the loss is no longer a number or the disk fails; the last checkpoint then stays whole.
+    Goes on from the run's newest checkpoint where there is one. Raises Interrupted after Ctrl-C (a checkpoint is
+    saved), TuneletError where the loss is no longer a number or the disk fails; the last checkpoint then stays whole.
     """
     settings, loss_of = recipe.train, losses()[recipe.method]
     total = total_steps(recipe, len(train_rows))
     optimizer = AdamW(
-        model.named_parameters(), betas=(settings.beta1, settings.beta2), weight_decay=settings.weight_decay, seed=settings.seed
+        model.named_parameters(),
+        betas=(settings.beta1, settings.beta2),
+        weight_decay=settings.weight_decay,
+        seed=settings.seed,
     )
     now = Progress()
     name = checkpoint.latest(run)
@@ -140,7 +155,11 @@ def train(
             batches = [pack.make_batch(rows).to(choice.device) for rows in micro_batches]
             targets = sum(len(batch.targets) for batch in batches)
             if not targets:
-                raise TuneletError(f"Step {now.step + 1} has no trained token.", why=f"no token of {batches[0].origins[0]} is a target", fix="Drop rows without an answer: tunelet data doctor.")
+                raise TuneletError(
+                    f"Step {now.step + 1} has no trained token.",
+                    why=f"no token of {batches[0].origins[0]} is a target",
+                    fix="Drop rows without an answer: tunelet data doctor.",
+                )
             torch.manual_seed(settings.seed * 1_000_003 + now.step)  # dropout, a function of (seed, step)
             loss = 0.0
             for batch in batches:
@@ -150,7 +169,12 @@ def train(
                 if settings.gradient_accumulation > 1:
                     optimizer.accumulate()
             rate = schedule.learning_rate(
-                now.step, total, peak=settings.learning_rate, schedule=settings.schedule, warmup=settings.warmup, min_ratio=settings.min_lr_ratio
+                now.step,
+                total,
+                peak=settings.learning_rate,
+                schedule=settings.schedule,
+                warmup=settings.warmup,
+                min_ratio=settings.min_lr_ratio,
             )
             norm = optimizer.step(rate, settings.max_grad_norm) if math.isfinite(loss) else loss
             if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -170,7 +194,12 @@ def train(
             if eval_rows and (now.step == total or (settings.eval_steps and now.step % settings.eval_steps == 0)):
                 go_on = evaluate()
                 clock.tick(now, 0)
-            if (settings.save_steps and now.step % settings.save_steps == 0) or now.step == total or not go_on or stop.asked:
+            if (
+                (settings.save_steps and now.step % settings.save_steps == 0)
+                or now.step == total
+                or not go_on
+                or stop.asked
+            ):
                 save()
             if not go_on:
                 break
@@ -221,5 +250,6 @@ def _not_a_number(run: Run, step: int, loss: float, norm: float, rate: float) ->
     return TuneletError(
         f"Training stopped at step {step}: the loss is {loss}, the gradient's norm {norm}.",
         why=f"a learning rate of {rate:.1e} is too high for this model and data, or the weights were damaged before",
-        fix=f"Lower train.learning_rate (try a third of it) or raise train.warmup. The last checkpoint, {name or 'none yet'}, is untouched.",
+        fix=f"Lower train.learning_rate (try a third of it) or raise train.warmup. "
+        f"The last checkpoint, {name or 'none yet'}, is untouched.",
     )

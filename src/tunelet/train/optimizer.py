@@ -1,8 +1,9 @@
 """AdamW whose working copy may be bf16: fp32 master weights and moments, the copy refreshed by stochastic rounding.
 
-Not a general optimizer framework. Loshchilov & Hutter, "Decoupled Weight Decay Regularization" (arXiv:1711.05101); the arithmetic is
-torch's fused AdamW. Stochastic rounding: a published bf16 checkpoint puts the master on the bf16 grid, where rounding to nearest would
-swallow every early step smaller than half a grid width; rounding up or down at random keeps the expectation (arXiv:2010.06192).
+Not a general optimizer framework. Loshchilov & Hutter, "Decoupled Weight Decay Regularization" (arXiv:1711.05101); the
+arithmetic is torch's fused AdamW. Stochastic rounding: a published bf16 checkpoint puts the master on the bf16 grid,
+where rounding to nearest would swallow every early step smaller than half a grid width; rounding up or down at random
+keeps the expectation (arXiv:2010.06192).
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from collections.abc import Iterable
 import torch
 from torch.optim.adamw import adamw
 
-# Parameters are worked on in buckets of about this many elements: few calls for a model of many small tensors, little scratch memory.
+# Parameters are worked on in buckets of about this many elements: few calls for a model of many small tensors, little
+# scratch memory.
 BUCKET_ELEMENTS = 2**21
 
 
@@ -46,9 +48,11 @@ class _Bucket:
 
 
 def round_stochastically(master: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """fp32 -> bf16, up or down with probability in proportion to the distance; what bf16 can hold exactly stays as it is.
+    """fp32 -> bf16, up or down with probability in proportion to the distance; what bf16 can hold exactly stays as it
+    is.
 
-    A uniform 16-bit number is added to the bits that bf16 lacks, and these are cut off. Non-finite values must not come in.
+    A uniform 16-bit number is added to the bits that bf16 lacks, and these are cut off. Non-finite values must not come
+    in.
     """
     bits = torch.empty((master.numel() + 3) // 4, dtype=torch.int64, device=master.device)
     bits.random_(-(2**63), None, generator=generator)  # all 64 bits: the default leaves the sign alone
@@ -59,11 +63,20 @@ def round_stochastically(master: torch.Tensor, generator: torch.Generator) -> to
 class AdamW:
     """`step(learning_rate)` reads the gradients, clips them by their global norm, updates, and clears them.
 
-    The noise of the rounding is a function of (seed, step, bucket) only, so that the working copy is one of (master, step): it needs no
-    place in a checkpoint, and a resumed run is bit-identical. Weight decay applies to matrices, not to norms and biases.
+    The noise of the rounding is a function of (seed, step, bucket) only, so that the working copy is one of (master,
+    step): it needs no place in a checkpoint, and a resumed run is bit-identical. Weight decay applies to matrices, not
+    to norms and biases.
     """
 
-    def __init__(self, named_parameters: Iterable[tuple[str, torch.nn.Parameter]], *, betas=(0.9, 0.95), weight_decay=0.0, eps=1e-8, seed=0):
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
+        *,
+        betas=(0.9, 0.95),
+        weight_decay=0.0,
+        eps=1e-8,
+        seed=0,
+    ):
         self.betas, self.weight_decay, self.eps, self.seed, self.steps = betas, weight_decay, eps, seed, 0
         classes: dict[tuple, list[tuple[str, torch.nn.Parameter]]] = {}
         for name, p in named_parameters:
@@ -119,11 +132,21 @@ class AdamW:
                 for p in bucket.parameters:
                     p.grad = None
             adamw(
-                [bucket.master], [gradient], [bucket.exp_avg], [bucket.exp_avg_sq], [], [bucket.step],
-                fused=bucket.master.device.type in ("cpu", "cuda", "mps"), amsgrad=False, maximize=False,
-                beta1=self.betas[0], beta2=self.betas[1], lr=learning_rate, eps=self.eps,
+                [bucket.master],
+                [gradient],
+                [bucket.exp_avg],
+                [bucket.exp_avg_sq],
+                [],
+                [bucket.step],
+                fused=bucket.master.device.type in ("cpu", "cuda", "mps"),
+                amsgrad=False,
+                maximize=False,
+                beta1=self.betas[0],
+                beta2=self.betas[1],
+                lr=learning_rate,
+                eps=self.eps,
                 weight_decay=self.weight_decay if bucket.decay else 0.0,
-            )  # fmt: skip
+            )
             gradient.zero_()
         self.steps += 1
         self.refresh()
@@ -131,7 +154,8 @@ class AdamW:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Write the working copy of this step: the master, stochastically rounded (at step 0 and in fp32: the master itself)."""
+        """Write the working copy of this step: the master, stochastically rounded (at step 0 and in fp32: the master
+        itself)."""
         for i, bucket in enumerate(self.buckets):
             if bucket.low and self.steps:
                 generator = torch.Generator(bucket.master.device)
@@ -167,7 +191,9 @@ class AdamW:
         return {
             name: part.view(p.shape)
             for bucket in self.buckets
-            for name, p, part in zip(bucket.names, bucket.parameters, getattr(bucket, kind).split(bucket.sizes), strict=True)
+            for name, p, part in zip(
+                bucket.names, bucket.parameters, getattr(bucket, kind).split(bucket.sizes), strict=True
+            )
         }
 
     @torch.no_grad()
@@ -179,7 +205,8 @@ class AdamW:
 
     @torch.no_grad()
     def load_state(self, state: dict[str, torch.Tensor], steps: int) -> None:
-        """Put `state()` of `steps` optimizer steps back, and write the working copy. Raises KeyError where a tensor is missing."""
+        """Put `state()` of `steps` optimizer steps back, and write the working copy. Raises KeyError where a tensor is
+        missing."""
         for name, tensor in self.state().items():
             tensor.copy_(state[name])
         self.steps = steps

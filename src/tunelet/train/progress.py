@@ -1,4 +1,5 @@
-"""What a training shows while it runs, and how it is asked to stop: a bar on a terminal, plain lines in a pipe, Ctrl-C and SIGTERM.
+"""What a training shows while it runs, and how it is asked to stop: a bar on a terminal, plain lines in a pipe, Ctrl-C
+and SIGTERM.
 
 Not the record of the run: that is log.jsonl (runs/record.py).
 """
@@ -35,7 +36,8 @@ class Stop:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Stop]:
-    """Finish the step and save, where a signal would have torn the step apart. Outside the main thread signals cannot be caught."""
+    """Finish the step and save, where a signal would have torn the step apart. Outside the main thread signals cannot
+    be caught."""
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -102,9 +104,13 @@ def bar(console: Any, total: int, step: int) -> Iterator[Lines]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (
-        TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"),
-        TextColumn("{task.fields[rate]} tokens/s"), TimeRemainingColumn(),
-    )  # fmt: skip
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]}"),
+        TextColumn("{task.fields[rate]} tokens/s"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console) as progress:
         yield Bar(console, total, progress, progress.add_task("", total=total, completed=step, loss="-", rate="-"))
 

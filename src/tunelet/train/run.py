@@ -1,6 +1,7 @@
 """One training from recipe to saved model: check the data, load the model, train, save, mark the run DONE or FAILED.
 
-Not the loop (train/loop.py) and not the before and after of `tunelet align` (align.py), which uses `load_for_training` and `finish`.
+Not the loop (train/loop.py) and not the before and after of `tunelet align` (align.py), which uses `load_for_training`
+and `finish`.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ TOKENIZER = "tokenizer"  # folder of the run that holds a tokenizer trained for 
 def run_training(recipe: Recipe, out: Path, *, origins: Mapping[str, str] | None = None, console: Any) -> Run:
     """Train as `recipe` says, into the run folder `out`.
 
-    The same call on an unfinished run goes on with it. Raises TuneletError on a user's mistake (a finished run, another recipe's run, bad
-    data, ...), Interrupted after Ctrl-C. A mistake found before training starts leaves no folder behind.
+    The same call on an unfinished run goes on with it. Raises TuneletError on a user's mistake (a finished run, another
+    recipe's run, bad data, ...), Interrupted after Ctrl-C. A mistake found before training starts leaves no folder
+    behind.
     """
     recipe, origins = resolve(recipe, origins or {})
     run, prepared = open_run(recipe, out, origins)
@@ -46,7 +48,9 @@ def resolve(recipe: Recipe, origins: Mapping[str, str]) -> tuple[Recipe, dict[st
     """The recipe with every value that depends on the model filled in, and the origin of each."""
     recipe, origins = recipe.model_copy(deep=True), dict(origins)
     if not recipe.train.learning_rate:
-        rate, why = defaults.learning_rate(recipe.method, recipe.adapter.kind, _parameters(recipe), recipe.model.path == "")
+        rate, why = defaults.learning_rate(
+            recipe.method, recipe.adapter.kind, _parameters(recipe), recipe.model.path == ""
+        )
         recipe.train.learning_rate = rate
         origins["train.learning_rate"] = why
     return recipe, origins
@@ -69,7 +73,11 @@ def open_run(recipe: Recipe, out: Path, origins: Mapping[str, str]) -> tuple[Run
     if is_run(out):
         run, _ = Run.open_or_create(out, recipe, origins)
         if run.status == "finished":
-            raise TuneletError(f"{out}: this run is finished.", why="a run is never written over", fix=f"Look at it with: tunelet report {out}; or choose another --out.")
+            raise TuneletError(
+                f"{out}: this run is finished.",
+                why="a run is never written over",
+                fix=f"Look at it with: tunelet report {out}; or choose another --out.",
+            )
         prepared = prepare(recipe, run.folder / TOKENIZER)
         run.going_on()
     else:
@@ -85,7 +93,8 @@ def open_run(recipe: Recipe, out: Path, origins: Mapping[str, str]) -> tuple[Run
 
 
 def choose(recipe: Recipe, run: Run, console: Any) -> Choice:
-    """Device, dtype and threads of this run: a run that goes on keeps those it began with, because other ones would round differently."""
+    """Device, dtype and threads of this run: a run that goes on keeps those it began with, because other ones would
+    round differently."""
     from tunelet.models import device
 
     choice = device.choose(recipe.model.device, recipe.model.dtype, recipe.model.threads)
@@ -94,12 +103,17 @@ def choose(recipe: Recipe, run: Run, console: Any) -> Choice:
         choice = device.Choice(**began)
     device.apply(choice)
     run.write_env(choice)
-    console.print(f"{choice.device}, {choice.dtype} ({choice.reasons['dtype']}), {choice.threads} threads", markup=False, highlight=False)
+    console.print(
+        f"{choice.device}, {choice.dtype} ({choice.reasons['dtype']}), {choice.threads} threads",
+        markup=False,
+        highlight=False,
+    )
     return choice
 
 
 def load_for_training(recipe: Recipe, prepared: Prepared, choice: Choice) -> Any:
-    """The model of the recipe, ready to train: random weights, a checkpoint, a checkpoint with a new adapter, or an adapter to train on."""
+    """The model of the recipe, ready to train: random weights, a checkpoint, a checkpoint with a new adapter, or an
+    adapter to train on."""
     from tunelet.models import adapters, load
 
     tokenizer = prepared.tokenizer
@@ -116,15 +130,29 @@ def load_for_training(recipe: Recipe, prepared: Prepared, choice: Choice) -> Any
 
 
 def train_and_save(recipe: Recipe, run: Run, prepared: Prepared, model: Any, choice: Choice, console: Any) -> Trained:
-    """Train (or go on), write model/ or adapter/, and plan.json's actual figures. The model is the trained one afterwards."""
+    """Train (or go on), write model/ or adapter/, and plan.json's actual figures. The model is the trained one
+    afterwards."""
     from tunelet.models import load, save, weights
     from tunelet.train import loop
 
     trained = loop.train(
-        recipe, run, model=model, tokenizer=prepared.tokenizer, train_rows=prepared.train_rows, eval_rows=prepared.eval_rows, choice=choice, console=console
+        recipe,
+        run,
+        model=model,
+        tokenizer=prepared.tokenizer,
+        train_rows=prepared.train_rows,
+        eval_rows=prepared.eval_rows,
+        choice=choice,
+        console=console,
     )
     adapter = hasattr(model, "peft_config")
-    dtype = None if adapter else weights.stored_dtype(load.resolve(recipe.model.path)) if recipe.model.path else choice.dtype
+    dtype = (
+        None
+        if adapter
+        else weights.stored_dtype(load.resolve(recipe.model.path))
+        if recipe.model.path
+        else choice.dtype
+    )
     with run.folder_in_the_making("adapter" if adapter else "model") as folder:
         save.save(model, prepared.tokenizer, folder, dtype)
     run.actual({"seconds": trained.seconds, "peak_mb": trained.peak_mb, "disk_mb": run.disk_mb()})
@@ -134,13 +162,18 @@ def train_and_save(recipe: Recipe, run: Run, prepared: Prepared, model: Any, cho
 def figures(trained: Trained) -> dict[str, Any]:
     """What DONE says of the training."""
     return {
-        "steps": trained.steps, "held_out_loss": trained.held_out_loss, "best_loss": trained.best_loss,
-        "tokens": trained.tokens, "seconds": trained.seconds, "peak_mb": trained.peak_mb,
-    }  # fmt: skip
+        "steps": trained.steps,
+        "held_out_loss": trained.held_out_loss,
+        "best_loss": trained.best_loss,
+        "tokens": trained.tokens,
+        "seconds": trained.seconds,
+        "peak_mb": trained.peak_mb,
+    }
 
 
 class record_failure:
-    """`with record_failure(run):` an error inside is written to FAILED.json. A stop that can be resumed is no failure."""
+    """`with record_failure(run):` an error inside is written to FAILED.json. A stop that can be resumed is no
+    failure."""
 
     def __init__(self, run: Run):
         self.run = run

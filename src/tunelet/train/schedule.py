@@ -1,10 +1,12 @@
-"""The learning rate of a step: warm-up, then cosine, linear, constant or WSD. Pure functions; not the default peaks (those are in defaults.py)."""
+"""The learning rate of a step: warm-up, then cosine, linear, constant or WSD. Pure functions; not the default peaks
+(those are in defaults.py)."""
 
 from __future__ import annotations
 
 import math
 
-# Share of the steps that WSD spends on its final decay (Hu et al., "MiniCPM", arXiv:2404.06395, section 4: about 10 % suffice).
+# Share of the steps that WSD spends on its final decay (Hu et al., "MiniCPM", arXiv:2404.06395, section 4: about 10 %
+# suffice).
 WSD_DECAY = 0.1
 
 
@@ -14,7 +16,8 @@ def warmup_steps(warmup: float, total: int) -> int:
 
 
 def learning_rate(step: int, total: int, *, peak: float, schedule: str, warmup: float, min_ratio: float) -> float:
-    """The rate of optimizer step `step` (0-based) of `total`. The first step is not zero, the last one is `min_ratio * peak`."""
+    """The rate of optimizer step `step` (0-based) of `total`. The first step is not zero, the last one is `min_ratio *
+    peak`."""
     warm = warmup_steps(warmup, total)
     if step < warm:
         return peak * (step + 1) / warm

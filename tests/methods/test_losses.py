@@ -1,0 +1,21 @@
+"""The losses of the methods are their formulas."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tunelet.data.examples import Origin, Tokens
+from tunelet.data.pack import make_batch
+from tunelet.methods import losses
+
+
+@pytest.mark.parametrize("method", ["pretrain", "sft"])
+def test_mean_negative_log_likelihood_of_the_targets(method, tiny_model):
+    ids, mask = (5, 9, 30, 31, 2), (False, False, True, True, True)
+    batch = make_batch([Tokens(ids, mask, ((0, 5, "text"),), Origin("t", 1))])
+    logits = tiny_model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    expected = -(logits[1, 30] + logits[2, 31] + logits[3, 2]) / 3
+    found = losses()[method](tiny_model, batch, 3)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(losses()[method](tiny_model, batch, 12) * 4, expected, atol=1e-6, rtol=1e-6)
