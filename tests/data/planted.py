@@ -285,6 +285,12 @@ FAULTS: dict[str, tuple[Callable[[dict, random.Random], Any], set[str]]] = {
     "code_fence": (_edit(-1, lambda text, draw: f"{text}\n```python\nprint({draw.random()})"), {"code_fence"}),
     "cut_answer": (_mid_sentence, {"cut_answer"}),
     "whitespace": (_edit(-1, lambda text, draw: f"  {text}\n\n"), {"whitespace"}),
+    "secret": (_edit(-1, lambda text, draw: f"{text} The key is sk-{draw.randbytes(16).hex()}."), {"secret"}),
+    "stock_refusal": (lambda row, draw: chat(_long(draw)[0], "I'm sorry, but I can't assist with that request."), {"refusal"}),
+    "bracket_placeholder": (_edit(-1, lambda text, draw: text + " Yours, [Your Name]."), {"placeholder"}),
+    "invisible": (_edit(-1, lambda text, draw: text[:4] + "\u200b" + text[4:]), {"invisible_character"}),
+    "cut_at_a_limit": (lambda row, draw: (lambda pair: chat(pair[0], pair[1][:90]))(_long(draw)), {"cut_answer"}),
+    "korean_answer": (lambda row, draw: chat(_long(draw)[0], draw.choice(["네, 그렇게 하시면 됩니다.", korean(draw, 0)[1]])), {"language"}),
     "repetition": (_edit(-1, lambda text, draw: text + " The shop is open." * 6), {"repetition"}),
     "role_prefix": (_edit(-1, lambda text, draw: f"Assistant: {text}"), {"role_prefix"}),
 }  # fmt: skip

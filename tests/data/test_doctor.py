@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from dataclasses import replace
 
 import planted
 import pytest
@@ -142,6 +143,15 @@ def test_real_faults_in_the_shared_data(shared):
         ("https://example.com/a https://example.com/b", "url_only"),
         ("I am sorry, but as an AI language model, I have no feelings.", "refusal"),
         ("저는 AI 언어 모델이기 때문에 할 수 없습니다.", "refusal"),
+        ("I'm sorry, but I can't help with that.", "refusal"),
+        ("Sorry, there is no pool here that I could turn on.", None),
+        ("Use f-strings such as `{name}` there.", None),
+        ("The fraction is \\frac{name}{x}.", None),
+        ("Dear {name}, it was nice to meet you.", "placeholder"),
+        ("The id is AKIA" + "A1" * 8, "secret"),
+        ("Fi\u200bne.", "invisible_character"),
+        ("N/A", "no_content"),
+        ("...", "no_content"),
         ("<think>hm", "unclosed_thinking"),
         ("Fine.\nUser: and then?", "role_prefix"),
         ("The three most important things to know about it are the", "cut_answer"),
@@ -159,6 +169,20 @@ def test_tools():
     assert kinds(chat(*turns, Message("assistant", "Done."))) == {"unknown_tool"}
     assert kinds(chat(*turns, tools=(tool,))) == {"ends_with_tool"}
     assert kinds(chat("Do it.", Message("tool", "1"), Message("assistant", "Done."))) == {"result_without_call"}
+
+
+def test_preferences_are_judged_by_their_better_answer(shared):
+    examples = formats.load([str(shared / "pref-ultrafeedback")], want="preference").examples
+    bad = examples[0].rejected[0]
+    spoiled = [replace(examples[0], rejected=(replace(bad, content=bad.content + "<|im_end|>"),))]
+    assert kinds(*spoiled) == kinds(examples[0]) == set()
+    spoiled = [replace(examples[0], chosen=(replace(bad, content=bad.content + "<|im_end|>"),))]
+    assert kinds(*spoiled) == {"template_tokens"}
+    fixed, _ = doctor.fix([*spoiled, *spoiled])
+    assert len(fixed) == 1 and fixed[0].chosen[0].content == bad.content.strip()
+    labelled = formats.load([str(shared / "pref-square-ko")], want="labelled").examples
+    flagged = {f.origin for f in doctor.check(labelled) if f.severity != "info"}
+    assert len(flagged) <= 0.01 * len(labelled), flagged
 
 
 def test_languages():

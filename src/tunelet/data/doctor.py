@@ -35,12 +35,15 @@ def numbered(examples: Sequence[Example], renderer: Any = None, max_length: int 
     return sorted(out, key=lambda item: item[0])
 
 
+# What is an accident where it is rare (a warning), and a habit of the corpus where it is not (info): up to which share.
+ACCIDENTS = {"whitespace": 0.05, "refusal": 0.02}
+
+
 def _systematic(said: list[tuple[int, doctor_rows.Said]], rows: int) -> list[tuple[int, doctor_rows.Said]]:
-    """White space at the ends: an accident where it is rare (warning), a habit of the corpus where not (info)."""
-    spaced = {index for index, seen in said if seen.kind == "whitespace"}
-    if len(spaced) > 0.05 * rows:
-        return said
-    return [(i, seen._replace(severity="warning") if seen.kind == "whitespace" else seen) for i, seen in said]
+    """Raises the infos of kinds in ACCIDENTS to warnings where few rows have them."""
+    count = {kind: len({i for i, seen in said if seen.kind == kind and seen.severity == "info"}) for kind in ACCIDENTS}
+    rare = {kind for kind, most in ACCIDENTS.items() if count[kind] <= max(1, most * rows)}
+    return [(i, seen._replace(severity="warning") if seen.kind in rare else seen) for i, seen in said]
 
 
 def fix(

@@ -14,7 +14,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 
 from tunelet.data.doctor_rows import Said, turns_of
-from tunelet.data.examples import Example, Message, Text
+from tunelet.data.examples import Chat, Example, Labelled, Message, Preference
+from tunelet.data.scripts import STRUCTURED
 
 WORDS = re.compile(r"\w+")
 # Long answers that end without a full stop: none at all in edited corpora, 3 % and more where lists and titles are
@@ -35,8 +36,17 @@ def look_at_all(examples: Sequence[Example]) -> Iterator[tuple[int, Said]]:
 
 
 def _key(example: Example) -> bytes:
-    parts = [f"{t.role}\x00{t.content}\x00{t.tool_calls or ''}" for t in turns_of(example)]
+    parts = [f"{t.role}\x00{t.content}\x00{t.tool_calls or ''}" for t in all_turns(example)]
     return hashlib.blake2b("\x01".join(parts).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def all_turns(example: Example) -> Sequence[Message]:
+    """Every turn of an example, those of rejected and bad answers too."""
+    if isinstance(example, Preference):
+        return (*turns_of(example), *example.rejected)
+    if isinstance(example, Labelled):
+        return (*example.prompt, *example.completion, Message("label", str(example.label)))
+    return turns_of(example)
 
 
 def normal(text: str) -> str:
@@ -57,15 +67,18 @@ def _near(examples: Sequence[Example], gone: set[int]) -> Iterator[tuple[int, Sa
     seen: dict[str, int] = {}
     buckets: dict[int, list[int]] = defaultdict(list)
     shingled: dict[int, frozenset[int]] = {}
+    answered: dict[str, list[int]] = defaultdict(list)
     for index, example in enumerate(examples):
         if index in gone:
             continue
-        text = "\n".join(f"{turn.role}\x00{normal(turn.content)}" for turn in turns_of(example))
+        text = "\n".join(f"{turn.role}\x00{normal(turn.content)}" for turn in all_turns(example))
         if len(text) < 30:
             continue
         other = seen.setdefault(text, index)
         if other == index:
-            grams = _shingles(" ".join(turn.content for turn in turns_of(example)))
+            other = _asked_alike(index, example, answered, examples)
+        if other == index:
+            grams = _shingles(" ".join(turn.content for turn in all_turns(example)))
             if len(grams) >= 40:
                 other = _alike(index, grams, shingled, buckets, examples)
         if other != index:
@@ -73,6 +86,23 @@ def _near(examples: Sequence[Example], gone: set[int]) -> Iterator[tuple[int, Sa
                 index,
                 Said("near_duplicate", "warning", f"nearly the row {examples[other].origin}", "keep one of them"),
             )
+
+
+def _asked_alike(index: int, example: Example, answered: dict[str, list[int]], examples: Sequence[Example]) -> int:
+    """An earlier row with the same long answer in prose and nearly the same question, else `index`."""
+    turns = turns_of(example)
+    if not isinstance(example, Chat) or len(turns) != 2 or turns[1].content.count(" ") < 8:
+        return index
+    if STRUCTURED.search(turns[1].content):  # many ways of asking for one command are what a command needs
+        return index
+    words = set(WORDS.findall(turns[0].content.casefold()))
+    same = answered[normal(turns[1].content)]
+    for other in same[:20]:
+        others = set(WORDS.findall(turns_of(examples[other])[0].content.casefold()))
+        if len(words & others) >= 0.8 * len(words | others) and _same_numbers(example, examples[other]):
+            return other
+    same.append(index)
+    return index
 
 
 def _alike(
@@ -114,7 +144,7 @@ def _conflicts(examples: Sequence[Example], gone: set[int]) -> Iterator[tuple[in
     answers: dict[str, list[tuple[int, str]]] = defaultdict(list)
     for index, example in enumerate(examples):
         turns = turns_of(example)
-        if isinstance(example, Text) or index in gone or turns[-1].role != "assistant":
+        if not isinstance(example, Chat) or index in gone or turns[-1].role != "assistant":
             continue
         asked = "\x01".join(f"{turn.role}\x00{turn.content.strip()}" for turn in turns[:-1])
         answers[asked].append((index, normal(turns[-1].content)))
@@ -147,7 +177,7 @@ def _lengths(examples: Sequence[Example]) -> Iterator[tuple[int, Said]]:
     ordered = sorted(lengths.values())
     median, most = ordered[len(ordered) // 2], ordered[int(0.95 * len(ordered))]
     for index, length in lengths.items():
-        if length > 8 * most and length > 1000:
+        if length > 6 * most and length > 1000:
             yield (
                 index,
                 Said(
@@ -162,24 +192,28 @@ def _lengths(examples: Sequence[Example]) -> Iterator[tuple[int, Said]]:
 def _cut(examples: Sequence[Example]) -> Iterator[tuple[int, Said]]:
     """Answers that a limit cut before they came here: many end without a full stop at one length, or (where nearly all
     answers end with one) a long answer ends inside a sentence."""
-    answers = {i: answer.content.rstrip() for i, e in enumerate(examples) if (answer := last_answer(e))}
+    answers = {i: answer.content for i, e in enumerate(examples) if (answer := last_answer(e))}
     long = {i: text for i, text in answers.items() if len(text) >= 40}
     if len(long) < 20:
         return
-    open_ended = {i: text for i, text in long.items() if _open(text)}
-    counts = Counter(len(text) for text in open_ended.values())
-    lengths = Counter(len(text) for text in long.values())
-    piled = {length for length, count in counts.items() if count >= 5 and count >= 0.8 * lengths[length]}
-    for length in list(piled):  # a limit is a pile that stands out from its neighbours, at which nothing goes on
+    open_ended = {i for i, text in long.items() if _open(text.rstrip())}
+    unclosed = {i for i, text in long.items() if text[-1].isalnum() or text[-1] in ",;- "}
+    lengths = Counter(map(len, long.values()))
+    counts = Counter(len(long[i]) for i in unclosed)
+    common = len(unclosed) > 0.1 * len(long)
+    piled = set()
+    for length, count in counts.items():  # a limit is a pile that stands out from its neighbours
         beside = sum(counts.get(length + step, 0) for step in range(-10, 11) if step)
-        longer = sum(count for other, count in lengths.items() if other > length)
-        if counts[length] < 3 * beside / 20 + 3 or longer > 3 * counts[length] + 0.02 * len(long):
-            piled.discard(length)
+        stands_out = count >= 5 and count >= 0.8 * lengths[length] and count >= 3 * beside / 20 + 3
+        longer = sum(many for other, many in lengths.items() if other > length) if stands_out and common else 0
+        if stands_out and longer <= 3 * count + 0.02 * len(long):
+            piled.add(length)
     rare = len(open_ended) <= RARE * len(long)
-    for index, text in open_ended.items():
+    for index in sorted(unclosed):
+        text = long[index]
         if len(text) in piled:
             message = f"one of {counts[len(text)]} answers that break off at {len(text)} characters"
-        elif rare:
+        elif rare and index in open_ended:
             message = f"the answer ends in mid-sentence: '...{text[-30:]}'; nearly all others end with a full stop"
         else:
             continue

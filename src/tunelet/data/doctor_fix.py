@@ -147,6 +147,7 @@ DROPS: dict[str, str] = {
     "replacement_character": "the lost letters are not to be had back",
     "copies_prompt": "it has no answer",
     "no_content": "it has no answer",
+    "secret": "keys do not belong into a model",
     "url_only": "it has no answer",
     "refusal": "it would teach another assistant's phrases; write the answer where you want the row",
     "language": "the answer is in another language",

@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from tunelet.data import scripts
-from tunelet.data.examples import Chat, Example, Message, Text
+from tunelet.data.examples import Chat, Example, Message, Preference, Text
 
 
 class Said(NamedTuple):
@@ -24,13 +24,15 @@ class Said(NamedTuple):
 
 
 def turns_of(example: Example) -> Sequence[Message]:
-    """Every turn of an example; plain text is one turn without a role."""
+    """The turns that are held to be right: of a pair the chosen answer, of labelled answers the good ones (the others
+    are there to be bad). Plain text is one turn without a role."""
     if isinstance(example, Text):
         return (Message("", example.text),)
     if isinstance(example, Chat):
         return example.messages
-    answers = (*example.chosen, *example.rejected) if hasattr(example, "chosen") else example.completion
-    return (*example.prompt, *answers)
+    if isinstance(example, Preference):
+        return (*example.prompt, *example.chosen)
+    return (*example.prompt, *(example.completion if example.label else ()))
 
 
 def look(example: Example) -> Iterator[Said]:
@@ -156,9 +158,9 @@ def _characters(turn: Message, where: str) -> Iterator[Said]:
             "decode it as UTF-8",
         )
     if _INVISIBLE.search(text):
-        yield Said(
-            "invisible_character", "info", f"{where} has invisible characters (zero width, direction)", "remove them"
-        )
+        severity = "warning" if turn.role else "info"  # web text is full of them
+        message = f"{where} has invisible characters (zero width, direction)"
+        yield Said("invisible_character", severity, message, "remove them")
 
 
 def _control(text: str, where: str) -> Said:
@@ -176,6 +178,8 @@ TEMPLATE_TOKENS = re.compile(
 BOS = re.compile(r"\s*(?:<s>|<\|begin_of_text\|>|<bos>|<\|endoftext\|>|\[BOS\]|<\|startoftext\|>)")
 PLACEHOLDER = re.compile(
     r"(?<![{\\\w])\{\{-?\s*[A-Za-z_가-힣][\w가-힣 .|-]*?-?\}\}|\[(?:INSERT|insert|Insert) [^\]]{2,40}\]"
+    r"|\[(?:YOUR|Your|your)[ _][^\]]{2,30}\](?!\()|\[(?:NAME|DATE|COMPANY|ADDRESS|EMAIL|PLACEHOLDER)\]|<YOUR_[A-Z_]+>"
+    r"|(?<![\\\w}$])\{(?:name|user|username|input|output|question|answer|context|instruction|prompt|query|response|topic)\}"
 )
 TAG = re.compile(
     r"</?(?:p|br|div|span|b|i|u|em|strong|a|ul|ol|li|h[1-6]|table|tr|td|th|tbody|img|font|center|blockquote|script|style|hr|sup|sub)"
@@ -216,12 +220,16 @@ def _markup(turn: Message, where: str, number: int) -> Iterator[Said]:
                 f"{where} has a chat template's '{found.group()}' in its text",
                 "take it out of the text",
             )
-    if "{{" in text or "nsert " in text or "NSERT " in text:
+    if "{" in text or "[" in text or "<YOUR" in text:
         found = PLACEHOLDER.search(outside_code(text))
         if found:
             yield Said(
                 "placeholder", "warning", f"{where} has the placeholder '{found.group()}'", "put the value there"
             )
+    if SECRET.search(text):
+        yield Said(
+            "secret", "warning", f"{where} holds what looks like a key or password", "take it out, and revoke the key"
+        )
     if turn.role == "user":
         return
     if ("<" in text or "&" in text) and not ABOUT_MARKUP.search(text):
@@ -245,15 +253,26 @@ def _markup(turn: Message, where: str, number: int) -> Iterator[Said]:
 
 # Answers -----------------------------------------------------------------------------------------------------------
 
-REFUSAL = re.compile(
-    r"\bas an? (?:AI|artificial intelligence)(?: language)? model\b"
-    r"|\bI(?:'|’)?m an? (?:AI|artificial intelligence) language model\b"
-    r"|\bI (?:cannot|can(?:'|’)?t|am unable to) (?:fulfill|comply with|assist with) (?:that|this|your) request\b"
+OTHER_ASSISTANT = re.compile(
+    r"\bas an? (?:AI|artificial intelligence)(?: language)? (?:model|assistant)\b"
+    r"|\bI(?:'|’)?m (?:just |only )?an? (?:AI|artificial intelligence) language model\b"
     r"|\bmy (?:knowledge cutoff|last knowledge update|training data)\b"
     r"|(?:AI|인공지능) ?(?:언어 ?)?모델(?:로서|이기 때문|이므로|이라서)",
     re.I,
 )
-HINT = re.compile("AI|rtificial|request|training|nowledge|인공지능")  # quick, and without it none of the above
+STOCK_REFUSAL = re.compile(
+    r"\bI(?: cannot| can(?:'|’)?t| am unable to|(?:'|’)m unable to|(?:'|’)m not able to) "
+    r"(?:fulfill|comply|assist|help(?: you)?|engage|provide assistance)(?: with)? (?:that|this|your|such)\b"
+    r"|요청(?:을|은|에) (?:도와|답변|응답)[^.]{0,12} 수 없",
+    re.I,
+)
+SECRET = re.compile(
+    r"\bsk-[\w-]{20,}|\bAKIA[0-9A-Z]{16}\b|-----BEGIN [A-Z ]*PRIVATE KEY"
+    r"|\bgh[pousr]_\w{30,}|\bhf_[A-Za-z]{30,}|\bxox[bp]-[\w-]{20,}"
+)
+HINT = re.compile(
+    "AI|rtificial|request|training|nowledge|인공지능|요청|cannot|can.?t |able to"
+)  # quick, and without it none of the above
 NOTHING = re.compile(r"(?:n/?a|none|null|nan|todo|tbd|undefined|lorem ipsum.*|없음|[!-/:-@\[-`{-~\s]+)\.?", re.I)
 URL_ONLY = re.compile(r"^\W*(?:https?://|www\.)\S+(?:\s+(?:https?://|www\.)\S+)*\W*$")
 ROLE_PREFIX = re.compile(r"\A\s*(?:assistant|ai|bot|gpt|chatgpt)\s*:\s|\n\s*(?:human|user|assistant)\s*:\s", re.I)
@@ -284,15 +303,17 @@ def _answer(turn: Message, where: str, asked: str) -> Iterator[Said]:
         return
     if NOTHING.fullmatch(text) and not _LOST.search(text):
         yield Said("no_content", "warning", f"{where} says nothing: '{text[:20]}'", "write the answer")
-    if (len(text) >= 20 and _same(text, asked)) or (len(asked.strip()) >= 40 and text.startswith(asked.strip())):
+    if _same(text, asked) or (len(asked.strip()) >= 40 and text.startswith(asked.strip())):
         yield Said("copies_prompt", "warning", f"{where} repeats what was asked", "write the answer")
     if ("://" in text or "www." in text) and URL_ONLY.match(text):
         yield Said("url_only", "warning", f"{where} is nothing but a link", "write the answer")
-    found = REFUSAL.search(text) if HINT.search(text) else None
-    if found:
-        yield Said(
-            "refusal", "warning", f"{where} speaks as another assistant: '{found.group()[:50]}'", "write the answer"
-        )
+    if HINT.search(text):
+        if found := OTHER_ASSISTANT.search(text):
+            yield Said(
+                "refusal", "warning", f"{where} speaks as another assistant: '{found.group()}'", "write the answer"
+            )
+        elif found := STOCK_REFUSAL.search(text):
+            yield Said("refusal", "info", f"{where} is a stock refusal: '{found.group()}'", "write the answer")
     found = ROLE_PREFIX.search(text) if ":" in text else None
     if found:
         yield Said(
@@ -324,7 +345,9 @@ def _answer(turn: Message, where: str, asked: str) -> Iterator[Said]:
 
 
 def _same(answer: str, asked: str) -> bool:
-    """Whether an answer is the question again, but for case, spaces and punctuation."""
+    """Whether an answer is the question again, but for case, spaces and punctuation. A greeting may be given back."""
+    if len(answer) < 25 and ("?" not in asked or len(answer) < 10):
+        return False
     if abs(len(answer) - len(asked)) > 0.1 * len(asked) + 5:
         return False
     return WORDS.findall(answer.lower()) == WORDS.findall(asked.lower())

@@ -72,7 +72,7 @@ def tongue(text: str, lead: int = 3) -> str:
 
 def mismatch(asked: str, answer: str) -> tuple[str, str] | None:
     """(language asked in, language answered in) where they differ though nothing in the question asks for that."""
-    if len(answer) < 20 or len(asked) < 5:
+    if len(asked) < 5 or (len(answer) < 20 and len(_LETTERS[HANGUL].findall(answer)) < 8):
         return None
     before, after = main(asked), main(answer)
     if not before or not after:
