@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from safetensors.torch import load_file
 
 import tunelet
@@ -48,6 +49,7 @@ def start(*arguments):
     )
 
 
+@pytest.mark.slow
 def test_killed_at_random_instants_ends_bit_identical(tiny_model_folder, tmp_path):
     words = "the little light kitchen is on and off again at seven evening".split()  # noqa: SIM905
     rng = random.Random(5)
