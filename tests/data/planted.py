@@ -104,7 +104,7 @@ def english(draw: random.Random, number: int) -> tuple[str, str]:
             ),
             (
                 f"{who} has {count} coins and gives {count % 3 + 1} to {friend} for a {thing}. How many are left?",
-                f"{who} had {count} coins and gave {count % 3 + 1} away, so {count - count % 3 - 1} coins are left.",
+                f"{who} had {count} coins and gave {count % 3 + 1} for the {thing}, so {count - count % 3 - 1} coins are left.",
             ),
             (
                 f"What does one need to {verb} a {thing} of size {count}?",
