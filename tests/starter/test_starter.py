@@ -74,7 +74,12 @@ def test_held_out_phrasings_do_not_occur_in_training(monkeypatch):
     """Mark every held-out pattern; no training text may carry the mark, every test request must."""
     for lang in language.LANGUAGES:
         grammar = world.load(lang)
-        for group in (*grammar["imperative"].values(), *grammar["sentence"].values(), grammar["frames"], grammar["join"]):
+        for group in (
+            *grammar["imperative"].values(),
+            *grammar["sentence"].values(),
+            grammar["frames"],
+            grammar["join"],
+        ):
             monkeypatch.setitem(group, "test", ["§" + pattern for pattern in group["test"]])
     assert all("§" not in json.dumps(row, ensure_ascii=False) for row in starter.rows("chat", n=500))
     assert all("§" not in row["text"] for row in starter.rows("text", n=300))
@@ -85,7 +90,9 @@ def test_held_out_phrasings_do_not_occur_in_training(monkeypatch):
 @pytest.mark.parametrize("lang", language.LANGUAGES)
 def test_enough_patterns_and_entities(lang):
     grammar = world.load(lang)
-    patterns = [p for group in ("imperative", "sentence") for a in grammar[group].values() for p in a["train"] + a["test"]]
+    patterns = [
+        p for group in ("imperative", "sentence") for a in grammar[group].values() for p in a["train"] + a["test"]
+    ]
     patterns += grammar["frames"]["train"] + grammar["frames"]["test"]
     assert len(set(patterns)) >= 60
     data = world.load("world")
@@ -140,7 +147,13 @@ def test_particles_agree(marked, plain):
 
 
 def test_numbers_in_words():
-    assert [spoken.english(n) for n in (0, 13, 20, 45, 100)] == ["zero", "thirteen", "twenty", "forty-five", "one hundred"]
+    assert [spoken.english(n) for n in (0, 13, 20, 45, 100)] == [
+        "zero",
+        "thirteen",
+        "twenty",
+        "forty-five",
+        "one hundred",
+    ]
     assert [spoken.sino(n) for n in (0, 7, 10, 15, 20, 99, 100)] == ["영", "칠", "십", "십오", "이십", "구십구", "백"]
 
 
@@ -153,7 +166,10 @@ def test_a_spoken_time_means_one_time(hour, minute, seed):
         if said == spoken.clock(hour, minute):
             continue
         marks = {
-            "en": (("am", "a.m.", "morning", "night", "midnight"), ("pm", "p.m.", "afternoon", "evening", "night", "noon")),
+            "en": (
+                ("am", "a.m.", "morning", "night", "midnight"),
+                ("pm", "p.m.", "afternoon", "evening", "night", "noon"),
+            ),
             "ko": (("오전", "새벽", "아침", "밤", "자정"), ("오후", "낮", "저녁", "밤", "정오", f"{hour}시")),
         }[lang][hour >= 12]
         assert any(mark in said for mark in marks), said
@@ -166,9 +182,14 @@ def test_the_simulator_runs_and_refuses():
     assert Home().run_all(parse(json.dumps(light))) == Home().run_all([command_from(light)])
     assert Home().run_all([command_from(light)]) != Home().run_all([command_from({**light, "value": 31})])
     # Keys in another order, or spaces, are the same command.
-    assert parse('{"room": "bedroom", "value": 30, "device": "light", "action": "set_brightness"}') == [command_from(light)]
+    assert parse('{"room": "bedroom", "value": 30, "device": "light", "action": "set_brightness"}') == [
+        command_from(light)
+    ]
     # Two commands in either order have the same effect.
-    a, b = (command_from({"action": x, "device": "light", "room": r}) for x, r in (("turn_on", "study"), ("turn_off", "attic")))
+    a, b = (
+        command_from({"action": x, "device": "light", "room": r})
+        for x, r in (("turn_on", "study"), ("turn_off", "attic"))
+    )
     assert Home().run_all([a, b]) == Home().run_all([b, a])
 
 
@@ -192,7 +213,10 @@ def test_what_the_simulator_turns_down(bad):
 
 
 def test_grading():
-    item = {"type": "command", "expected": {"answer": "x", "commands": [{"action": "turn_on", "device": "light", "room": "study"}]}}
+    item = {
+        "type": "command",
+        "expected": {"answer": "x", "commands": [{"action": "turn_on", "device": "light", "room": "study"}]},
+    }
     right = '{"action":"turn_on","device":"light","room":"study"}'
     assert starter.grade(right, item).executed
     assert not starter.grade(right + " I did it!", item).executed

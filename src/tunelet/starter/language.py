@@ -7,13 +7,15 @@ A phrasing is a core (what is asked), a frame (how it is wrapped) and where the 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
 from tunelet.starter.spoken import english, particles, say_english, say_korean, sino
-from tunelet.starter.world import Command, Composition, in_split, load, unit
+from tunelet.starter.world import Command, Composition, by_action, in_split, load, unit
 
 LANGUAGES = ("en", "ko")
+ACTIONS = tuple(load("world")["actions"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +26,14 @@ class Request:
 
 
 def sample_command(rng: Random, split: str, *, timed: float = 0.4) -> Command:
-    """A command whose composition is in `split`; values and times are drawn for both splits alike."""
-    return fill(rng, rng.choice(in_split(split)), timed=timed)
+    """A command whose composition is in `split`; values and times are drawn for both splits alike.
+
+    Half of them by composition, half by action, so that actions of few devices (colors, humidity) are not rare.
+    """
+    pool: Sequence[Composition] = in_split(split)
+    if rng.random() < 0.5:
+        pool = by_action(split)[rng.choice(ACTIONS)]
+    return fill(rng, rng.choice(pool), timed=timed)
 
 
 def fill(rng: Random, composition: Composition, *, timed: float = 0.4) -> Command:

@@ -13,7 +13,7 @@ from tunelet.starter.chat import _OPPOSITE, _STATES, state_line, state_question
 from tunelet.starter.language import capital, finish, name, request, sample_command, sample_time
 from tunelet.starter.simulator import write
 from tunelet.starter.spoken import clock, say_english, say_korean
-from tunelet.starter.unsupported import unsupported
+from tunelet.starter.unsupported import cannot, unsupported
 from tunelet.starter.world import in_split, load
 
 
@@ -56,7 +56,7 @@ def refusals(rng: Random, language: str) -> str:
     text = load(f"text_{language}")["refusals"]
     style, people, lines = rng.choice(text["styles"]), _people(rng, language), []
     for _ in range(rng.randint(3, 7)):
-        if rng.random() < 0.35:  # among refusals stands what is not refused
+        if rng.random() < 0.45:  # among refusals stands what is not refused
             asked = request(rng, "train", language, two=0.0)
             lines.append(
                 finish(_put(style, **people, request=asked.text, answer="\x00")).replace("\x00", write(asked.commands))
@@ -114,19 +114,18 @@ def manual(rng: Random, language: str) -> str:
         device, spec = rng.choice(list(world["devices"].items()))
         verbs = [grammar["verbs"][a] for a in spec["actions"]]
         slots = {"device": name("devices", device, language, rng), "device_id": device}
-        kind = rng.choice(["can", "cannot", "missing", "where", "where", "task"])
+        kind = rng.choice(["can", "cannot", "cannot", "missing", "where", "list", "task"])
         if kind == "can":
-            joined = (" and " if language == "en" else " 수 있고 ").join(
-                [f"{v} it" if language == "en" else v for v in verbs]
-            )
-            slots["verbs"] = joined
+            slots["verbs"] = " and ".join(verbs) if language == "en" else " 수 있고 ".join(verbs)
         elif kind == "cannot":
-            others = [a for a in ("lock", "open", "close", "unlock") if a not in spec["actions"]]
-            if not others:
-                continue
-            slots["verb"] = grammar["verbs"][rng.choice(others)]
+            slots["verb"] = grammar["verbs"][rng.choice(cannot(device))]
         elif kind == "missing":
             slots["thing"] = rng.choice(list({**world["missing_devices"], **world["missing_rooms"]}.values()))[language]
+        elif kind == "list":
+            room = rng.choice(list(world["rooms"]))
+            slots["room"] = name("rooms", room, language)
+            there = [name("devices", d, language) for d, s in world["devices"].items() if room in s["rooms"]]
+            slots["things"] = ", ".join(there)
         elif kind == "where":
             room = rng.choice(spec["rooms"])
             slots |= {"room": name("rooms", room, language, rng), "room_id": room}
@@ -137,16 +136,17 @@ def manual(rng: Random, language: str) -> str:
 
 
 def states(rng: Random, language: str) -> str:
+    """What a panel shows, and questions about it."""
     pool = [c for c in in_split("train") if c[0] in _STATES]
-    asked, shown = rng.choice(pool), {}
-    shown[asked[1:]] = rng.choice([asked[0], _OPPOSITE[asked[0]]])
-    for action, device, room in rng.sample(pool, 3):
-        shown.setdefault((device, room), action)
-    lines = [state_line(a, d, r, language) for (d, r), a in shown.items()]
-    rng.shuffle(lines)
-    question, answer = state_question(asked, shown[asked[1:]], language)
-    page = load(f"text_{language}")["state"]["page"]
-    return finish(_put(page, **_people(rng, language), lines="\n".join(lines), question=question, answer=answer))
+    shown = {(device, room): action for action, device, room in rng.sample(pool, rng.randint(2, 4))}
+    text, parts = load(f"text_{language}")["state"], []
+    parts.append(_put(text["page"], lines="\n".join(state_line(a, d, r, language) for (d, r), a in shown.items())))
+    style, people = rng.choice(text["styles"]), _people(rng, language)
+    for device, room in rng.choices(list(shown), k=rng.randint(2, 5)):
+        actual = shown[device, room]
+        question, answer = state_question((rng.choice([actual, _OPPOSITE[actual]]), device, room), actual, language)
+        parts.append(finish(_put(style, **people, question=question, answer=answer)))
+    return "\n".join(parts)
 
 
 def story(rng: Random, language: str) -> str:
@@ -175,8 +175,8 @@ def story(rng: Random, language: str) -> str:
 
 
 KINDS: dict[str, tuple[float, Callable[[Random, str], str]]] = {
-    "pairs": (0.52, pairs), "refusals": (0.14, refusals), "clocks": (0.12, clocks), "logs": (0.04, logs),
-    "manual": (0.06, manual), "states": (0.06, states), "story": (0.06, story),
+    "pairs": (0.50, pairs), "refusals": (0.18, refusals), "clocks": (0.12, clocks), "logs": (0.02, logs),
+    "manual": (0.06, manual), "states": (0.08, states), "story": (0.04, story),
 }  # fmt: skip
 
 

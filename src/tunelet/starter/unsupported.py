@@ -48,6 +48,12 @@ def _close_to(action: str, can: list[str]) -> bool:
 
 
 @cache
+def cannot(device: str) -> tuple[str, ...]:
+    """The actions a device of this home turns down."""
+    return tuple(dict.fromkeys(action for reason, action, its, _ in _cases() if (reason, its) == ("no_action", device)))
+
+
+@cache
 def cases(split: str) -> dict[str, tuple[tuple[str, str, str, str], ...]]:
     """The cases of a split by reason; a fifth of the compositions is held out."""
     out: dict[str, list[tuple[str, str, str, str]]] = {}
@@ -59,7 +65,7 @@ def cases(split: str) -> dict[str, tuple[tuple[str, str, str, str], ...]]:
 
 def unsupported(rng: Random, split: str, language: str) -> Unsupported:
     grammar, world = load(language), load("world")
-    reason = rng.choice(["no_device", "no_room", "no_action", "no_action", "no_task"])
+    reason = rng.choice(["no_device", "no_room", "no_action", "no_action", "no_action", "no_task"])
     core_test, frame_test = (
         (False, False) if split == "train" else rng.choice([(True, False), (False, True), (True, True)])
     )

@@ -73,7 +73,7 @@ def held_out() -> frozenset[Composition]:
     for device, d in load("world")["devices"].items():
         left = {room: len(d["actions"]) for room in d["rooms"]}  # actions still to be seen with the device in this room
         for action in d["actions"]:
-            ranked = sorted(d["rooms"], key=lambda room: _rank(action, device, room))  # noqa: B023 - sorted at once
+            ranked = sorted(d["rooms"], key=lambda room: _rank(action, device, room))
             for room in [r for r in ranked if left[r] > 1][: max(1, len(ranked) // 4)]:
                 out.add((action, device, room))
                 left[room] -= 1
@@ -84,5 +84,12 @@ def split_of(composition: Composition) -> str:
     return "test" if composition in held_out() else "train"
 
 
+@cache
 def in_split(split: str) -> tuple[Composition, ...]:
     return tuple(c for c in compositions() if split_of(c) == split)
+
+
+@cache
+def by_action(split: str) -> dict[str, tuple[Composition, ...]]:
+    """The compositions of a split for each action; every action has some in both."""
+    return {action: tuple(c for c in in_split(split) if c[0] == action) for action in load("world")["actions"]}
