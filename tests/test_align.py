@@ -78,7 +78,7 @@ def test_own_data_from_recipe_to_report(tmp_path, tiny_model_folder):
 
 
 def test_starter_items_are_graded(tmp_path, tiny_model_folder):
-    summary = align(recipe_of(tiny_model_folder, "starter"), tmp_path / "run", quiet())
+    summary = align(recipe_of(tiny_model_folder, "starter", data={"max_length": 500}), tmp_path / "run", quiet())
     assert set(summary["after"]) >= {
         "executed_match_en",
         "executed_match_ko",

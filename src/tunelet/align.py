@@ -32,17 +32,16 @@ TRAINING = "training.json"  # written when the tuned model is saved
 MASKS = 4  # rows in masks.html
 ANSWERED_ROWS = 32  # held-out rows a model is asked where the starter's graded items do not apply
 
-# metric -> (what it is called, whether more is better)
 METRICS = {
-    "executed_match_en": ("commands that do what was asked, English", True),
-    "executed_match_ko": ("commands that do what was asked, Korean", True),
-    "exact_match_en": ("commands right letter by letter, English", True),
-    "exact_match_ko": ("commands right letter by letter, Korean", True),
-    "other_match": ("other requests answered as expected", True),
-    "refusal_right": ("unsupported requests turned down", True),
-    "refusal_false": ("supported requests turned down", False),
-    "stop_rate": ("answers that end by themselves", True),
-    "held_out_loss": ("held-out loss, nats per token", False),
+    "executed_match_en": "commands done as asked, English",
+    "executed_match_ko": "commands done as asked, Korean",
+    "exact_match_en": "commands exact, English",
+    "exact_match_ko": "commands exact, Korean",
+    "other_match": "other requests answered right",
+    "refusal_right": "unsupported requests refused",
+    "refusal_false": "supported requests refused",
+    "stop_rate": "answers that end",
+    "held_out_loss": "held-out loss (nats per token)",
 }
 
 
@@ -96,6 +95,7 @@ def _stages(run: Run, recipe: Recipe, prepared: Prepared, console: Console) -> N
             model = model or training.load_for_training(recipe, prepared, choice)
             trained = training.train_and_save(recipe, run, prepared, model, choice, console)
             run.write_json(TRAINING, training.figures(trained))
+        energy.fill_in(run, "training", trained.seconds)
     del model
     if run.read_json("eval/after.json") is None:
         with _metered(run, "after", choice.device):
@@ -214,7 +214,7 @@ def show(summary: Mapping[str, Any], run: Run, console: Console) -> None:
     for name in known:
         cells = [_cell(name, summary[side].get(name)) for side in ("before", "after")]
         figure = summary["after"].get(name) or summary["before"][name]
-        table.add_row(METRICS[name][0], *cells, str(figure["n"]))
+        table.add_row(METRICS[name], *cells, str(figure["n"]))
     console.print(table)
     spent = {"energy_wh": summary["energy_wh"], "kind": summary["energy_kind"]}
     peak = f"{summary['peak_mb']:.0f} MB" if summary["peak_mb"] else "not known"
@@ -229,7 +229,8 @@ def show(summary: Mapping[str, Any], run: Run, console: Console) -> None:
 def _cell(name: str, figure: Mapping[str, Any] | None) -> str:
     if figure is None:
         return "-"
-    return f"{shown(name, figure['value'])} ({shown(name, figure['low'])} - {shown(name, figure['high'])})"
+    low, high = (shown(name, figure[key]).rstrip("%") for key in ("low", "high"))
+    return f"{shown(name, figure['value'])} ({low}–{high})"
 
 
 @contextlib.contextmanager
@@ -268,7 +269,7 @@ def _answering(console: Console, what: str) -> Iterator[Callable[[int, int], Non
 
     def tell(done: int, total: int) -> None:
         nonlocal told
-        if time.monotonic() - told > 10:
+        if time.monotonic() - told > 30:
             told = time.monotonic()
             console.print(f"{what}: {done} of {total}", markup=False, highlight=False)
 

@@ -163,6 +163,32 @@ def test_every_run_has_a_page(tmp_path, run, stage):
     assert ("tunelet chat" in page.text) == (stage == "trained")
 
 
+def test_commands_of_what_next_are_commands(run):
+    """Every command the page advises is one the command line takes: its verb exists and knows the options."""
+    import shlex
+
+    from typer.main import get_command
+
+    from tunelet.cli import app
+
+    run.recipe()
+    bad = wilson(3, 200).as_dict()
+    for step, loss in ((300, 0.1), (400, 0.9)):
+        run.log({"step": step, "held_out_loss": loss})
+    for recipe in (Recipe(), Recipe.model_validate({"data": {"train": ["chats.jsonl"]}})):
+        for metrics in ({}, {"stop_rate": bad}):
+            for _, commands in report._next(run, recipe, metrics):
+                for line in commands.splitlines():
+                    words = shlex.split(line)
+                    assert words.pop(0) == "tunelet"
+                    command = get_command(app)
+                    while words and words[0] in getattr(command, "commands", {}):
+                        command = command.commands[words.pop(0)]
+                    assert not getattr(command, "commands", None), line
+                    known = {option for parameter in command.params for option in parameter.opts}
+                    assert {word for word in words if word.startswith("--")} <= known, line
+
+
 def test_ticks_and_numbers():
     assert charts.ticks(0, 3) == [0, 1, 2, 3]
     assert charts.ticks(0, 1e-3) == [0, 0.0002, 0.0004, 0.0006, 0.0008, 0.001]

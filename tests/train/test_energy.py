@@ -77,6 +77,19 @@ def test_parts_add_up_over_stops(tmp_path):
     assert sum(whole["parts_wh"].values()) == pytest.approx(whole["energy_wh"])
 
 
+def test_what_a_kill_lost_is_filled_in_as_an_estimate(tmp_path):
+    run = Run.create(tmp_path / "r", Recipe())
+    energy.fill_in(run, "training", 100.0)
+    assert run.read_json("energy.json") is None
+    energy.add(run, "training", energy.reading("cpu", 40.0, 40.0, 1.0, {"cpu": 2.0}))
+    energy.fill_in(run, "training", 40.0)
+    assert run.read_json("energy.json")["energy_wh"] == 2.0
+    energy.fill_in(run, "training", 100.0)
+    part = run.read_json("energy.json")["parts"]["training"]
+    assert part["seconds"] == pytest.approx(100) and part["energy_wh"] == pytest.approx(5)
+    assert part["kind"] == "estimated" and "kill" in part["method"] and "RAPL" in part["method"]
+
+
 def test_label_always_says_which():
     assert energy.label({"energy_wh": 0.4123, "kind": "estimated"}) == "0.412 Wh (estimated)"
     assert energy.label({"energy_wh": 2500, "kind": "measured"}) == "2.50 kWh (measured)"

@@ -347,7 +347,7 @@ def _next(run: Run, recipe: Recipe, after: Mapping[str, Any]) -> list[tuple[str,
             )
         )
     if not after and recipe.method != "pretrain":
-        out.append(("Measure it", f"tunelet eval {folder} --task loss --data HELD_OUT.jsonl"))
+        out.append(("Measure it", f"tunelet eval {folder} --task held_out --data HELD_OUT.jsonl"))
     rate = after.get("stop_rate")
     if rate and rate["value"] < 0.99:
         out.append(

@@ -79,8 +79,8 @@ def reading(device: str, seconds: float, cpu: float, gb: float | None, measured:
         parts["cpu, estimated"] = cpu * WATTS_PER_CORE / 3600
         parts["memory, estimated"] = seconds * (gb or 0.0) * WATTS_PER_GB / 3600
         methods.append(
-            f"cpu and memory: {cpu:.0f} CPU seconds x {WATTS_PER_CORE:g} W + {seconds:.0f} s x {gb or 0:.2f} GB x "
-            f"{WATTS_PER_GB} W (Green Algorithms, Lannelongue et al. 2021)"
+            f"cpu and memory: CPU seconds x {WATTS_PER_CORE:g} W + seconds x GB held x {WATTS_PER_GB} W "
+            "(Green Algorithms, Lannelongue et al. 2021)"
         )
     if "gpu" in missing:
         methods.append(f"the GPU ({device}) is not counted: it has no counter that can be read")
@@ -92,6 +92,7 @@ def reading(device: str, seconds: float, cpu: float, gb: float | None, measured:
         "parts_wh": parts,
         "seconds": seconds,
         "cpu_seconds": cpu,
+        "memory_gb": gb,
         "co2_g": total / 1000 * GRAMS_PER_KWH,
         "co2_kind": "estimated",
         "co2_method": f"{GRAMS_PER_KWH:g} g/kWh, the world's average of 2023 (Ember 2024); your grid differs",
@@ -119,8 +120,24 @@ def add(run: Any, part: str, figures: Mapping[str, Any]) -> dict[str, Any]:
     return whole
 
 
+def fill_in(run: Any, part: str, seconds: float) -> None:
+    """A kill loses the reading of the session it ended. Where `part` took `seconds` by the run's own log and its
+    readings
+    cover fewer, the rest is added at their mean power, and the part is an estimate.
+    """
+    known = ((run.read_json("energy.json") or {}).get("parts") or {}).get(part)
+    lost = seconds - known["seconds"] if known else 0.0
+    if lost <= 0.05 * seconds or not known["seconds"]:
+        return
+    scaled = {key: known[key] * lost / known["seconds"] for key in ("energy_wh", "seconds", "cpu_seconds", "co2_g")}
+    note = "the time before a kill: at the mean power of the rest"
+    parts = {"before a kill, estimated": scaled["energy_wh"]}
+    add(run, part, {**known, **scaled, "parts_wh": parts, "kind": "estimated", "method": note})
+
+
 def _sum(readings: list[Mapping[str, Any]]) -> dict[str, Any]:
     out = {key: readings[-1][key] for key in ("co2_kind", "co2_method")}
+    out["memory_gb"] = max((r["memory_gb"] for r in readings if r["memory_gb"]), default=None)
     for key in ("energy_wh", "seconds", "cpu_seconds", "co2_g"):
         out[key] = sum(r[key] for r in readings)
     out["kind"] = "measured" if all(r["kind"] == "measured" for r in readings) else "estimated"
