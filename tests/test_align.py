@@ -32,11 +32,11 @@ def own_data(folder: Path, rows: int = 24) -> Path:
     return path
 
 
-def recipe_of(model: Path, data: str, **more) -> Recipe:
+def recipe_of(model: Path, source: str, **more) -> Recipe:
     tree = {
         "name": "tiny",
         "model": {"path": str(model), "threads": 1, "dtype": "float32"},
-        "data": {"train": [data], "limit": 40, "max_length": 128, "eval_rows": 6, "eval_fraction": 0.25},
+        "data": {"train": [source], "limit": 40, "max_length": 128, "eval_rows": 6, "eval_fraction": 0.25},
         "train": {"batch_size": 4, "max_steps": 4, "learning_rate": 1e-3, "log_steps": 1, "save_steps": 2},
         "eval": {"items": 3, "max_new_tokens": 6, "prompts": ["안녕?"]},
     }
