@@ -208,14 +208,28 @@ def tokens_cover(tokenizer, row, marked) -> bool:
     return wanted <= held
 
 
+@pytest.fixture(scope="module")
+def trimming(tiny_tokenizer):
+    """The same tokenizer with GPT-2's post-processor, which trims white space off the offsets."""
+    from copy import deepcopy
+
+    from tokenizers import processors
+
+    made = deepcopy(tiny_tokenizer)
+    made.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    assert made("a  b", return_offsets_mapping=True)["offset_mapping"][1][0] > 1
+    return made
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(turns=turns)
-def test_decoded_trained_tokens_are_the_answers(tiny_tokenizer, turns):
+def test_decoded_trained_tokens_are_the_answers(tiny_tokenizer, trimming, turns):
     """End to end on a tokenizer that has ChatML's tokens: ids -> text is exactly the answers, none of the questions."""
     messages = said(*(pair for user, answer in turns for pair in (("user", "Q" + user), ("assistant", answer))))
-    row = Renderer(tiny_tokenizer, CHATML).chat(Chat(messages, HERE))
-    kept = tiny_tokenizer.decode([id_ for id_, is_trained in zip(row.ids, row.mask, strict=True) if is_trained])
-    assert kept == "".join(answer + "<|im_end|>" for _, answer in turns)
+    for tokenizer in (tiny_tokenizer, trimming):
+        row = Renderer(tokenizer, CHATML).chat(Chat(messages, HERE))
+        kept = [id_ for id_, is_trained in zip(row.ids, row.mask, strict=True) if is_trained]
+        assert tokenizer.decode(kept) == "".join(answer + "<|im_end|>" for _, answer in turns)
 
 
 # -- thinking, tools, partial prompts --------------------------------------------------------------------------------
@@ -274,6 +288,8 @@ WAYS = {
     "a namespace": "{% set ns = namespace(out='') %}{% for m in messages %}{% set ns.out = ns.out + '<' + m.role + '>'"
     " + m.content + '<E>\n' %}{% endfor %}{{ ns.out }}" + ASK,
     "by number": "{% for i in range(messages|length) %}{% set m = messages[i] %}" + PRINT + "{% endfor %}" + ASK,
+    "more in the loop when not asked": "{% for m in messages %}" + PRINT
+    + "{% if loop.last and m.role == 'user' and not add_generation_prompt %}!{% endif %}{% endfor %}" + ASK,
     "eos when not asked": "{% for m in messages %}" + PRINT + "{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% else %}<assist>{% endif %}",
 }  # fmt: skip
