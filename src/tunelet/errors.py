@@ -1,4 +1,4 @@
-"""Errors a user can mend. Everything that is a user's mistake is raised as a `TuneletError`; a bug keeps its traceback."""
+"""Errors a user can mend. A user's mistake is raised as a `TuneletError`; a bug keeps its traceback."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The starter world: what it makes is right by its own simulator, held out where it says so, and the same every time."""
+"""The starter world: right by its own simulator, held out where it says so, the same every time."""
 
 from __future__ import annotations
 
@@ -136,12 +136,25 @@ def test_unsupported_cases_are_unsupported_and_split():
 @pytest.mark.parametrize(
     ("marked", "plain"),
     [
-        ("불[을] 켜", "불을 켜"), ("선풍기[을] 켜", "선풍기를 켜"), ("불[이] 켜져", "불이 켜져"), ("선풍기[이]", "선풍기가"),
-        ("TV[은]", "TV는"), ("에어컨[은]", "에어컨은"), ("30퍼센트[으로]", "30퍼센트로"), ("3단[으로]", "3단으로"),
-        ("거실[으로]", "거실로"), ("10[으로]", "10으로"), ("21[으로]", "21로"), ("24[으로]", "24로"), ("50%[으로]", "50%로"),
-        ("22도[이면]", "22도면"), ("3단[이면]", "3단이면"), ("7시[이라고]", "7시라고"), ("정오[이에요]", "정오예요"),
+        ("불[을] 켜", "불을 켜"),
+        ("선풍기[을] 켜", "선풍기를 켜"),
+        ("불[이] 켜져", "불이 켜져"),
+        ("선풍기[이]", "선풍기가"),
+        ("TV[은]", "TV는"),
+        ("에어컨[은]", "에어컨은"),
+        ("30퍼센트[으로]", "30퍼센트로"),
+        ("3단[으로]", "3단으로"),
+        ("거실[으로]", "거실로"),
+        ("10[으로]", "10으로"),
+        ("21[으로]", "21로"),
+        ("24[으로]", "24로"),
+        ("50%[으로]", "50%로"),
+        ("22도[이면]", "22도면"),
+        ("3단[이면]", "3단이면"),
+        ("7시[이라고]", "7시라고"),
+        ("정오[이에요]", "정오예요"),
     ],
-)  # fmt: skip
+)
 def test_particles_agree(marked, plain):
     assert spoken.particles(marked) == plain
 
@@ -196,17 +209,25 @@ def test_the_simulator_runs_and_refuses():
 @pytest.mark.parametrize(
     "bad",
     [
-        "", "ok", '{"action":"turn_on"', "[]", '{"action":"turn_on","device":"light","room":"moon"}',
-        '{"action":"lock","device":"light","room":"study"}', '{"action":"turn_on","device":"tv","room":"bathroom"}',
-        '{"action":"turn_on","device":"light","room":"study","value":3}', '{"action":"set_brightness","device":"light","room":"study"}',
+        "",
+        "ok",
+        '{"action":"turn_on"',
+        "[]",
+        '{"action":"turn_on","device":"light","room":"moon"}',
+        '{"action":"lock","device":"light","room":"study"}',
+        '{"action":"turn_on","device":"tv","room":"bathroom"}',
+        '{"action":"turn_on","device":"light","room":"study","value":3}',
+        '{"action":"set_brightness","device":"light","room":"study"}',
         '{"action":"set_brightness","device":"light","room":"study","value":101}',
         '{"action":"set_brightness","device":"light","room":"study","value":true}',
-        '{"action":"turn_on","device":"light","room":"study","time":"24:00"}', '{"action":"turn_on","device":"light","room":"study","time":"7"}',
+        '{"action":"turn_on","device":"light","room":"study","time":"24:00"}',
+        '{"action":"turn_on","device":"light","room":"study","time":"7"}',
         '{"action":"turn_on","device":"light","room":"study","time":"07:00","after":3}',
-        '{"action":"turn_on","device":"light","room":"study"} Done!', '{"action":"turn_on","device":["light"],"room":"study"}',
+        '{"action":"turn_on","device":"light","room":"study"} Done!',
+        '{"action":"turn_on","device":["light"],"room":"study"}',
         '{"action":"turn_on","device":"light","room":"study","mood":1}',
     ],
-)  # fmt: skip
+)
 def test_what_the_simulator_turns_down(bad):
     with pytest.raises(CommandError):
         parse(bad)

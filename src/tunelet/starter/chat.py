@@ -101,27 +101,34 @@ def talk_item(rng: Random, split: str, language: str) -> Item:
 
 
 MAKERS: dict[str, Callable[[Random, str, str], Item]] = {
-    "command": command_item, "unsupported": unsupported_item, "state": state_item, "format": format_item, "talk": talk_item,
+    "command": command_item, "unsupported": unsupported_item, "state": state_item, "format": format_item,
+    "talk": talk_item,
 }  # fmt: skip
-SHARES = {"command": 0.72, "unsupported": 0.17, "state": 0.06, "format": 0.02, "talk": 0.03}
+SHARES = {"command": 0.66, "unsupported": 0.20, "state": 0.08, "format": 0.03, "talk": 0.03}
 
 
 def chats(rng: Random, split: str, languages: tuple[str, ...]) -> Iterator[Item]:
-    """SFT rows without end: {"messages": [...]}; one in ten has a second request."""
+    """SFT rows without end, no two alike: {"messages"}; one in ten has a second request, small talk always has."""
+    seen: set[str] = set()
     while True:
         language = rng.choice(languages)
         kinds = rng.choices(list(SHARES), list(SHARES.values()), k=2 if rng.random() < 0.1 else 1)
+        if kinds == ["talk"]:
+            kinds.append("command")
         messages: list[dict[str, str]] = []
         for kind in kinds:
             item = MAKERS[kind](rng, split, language)
             if messages and item["messages"][0]["role"] == "system":
                 break  # a system message stands first or not at all
             messages += [*item["messages"], {"role": "assistant", "content": item["expected"]["answer"]}]
-        yield {"messages": messages}
+        key = "\n".join(m["content"] for m in messages)
+        if key not in seen:
+            seen.add(key)
+            yield {"messages": messages}
 
 
 def evaluation(rng: Random, split: str, languages: tuple[str, ...], n: int) -> Iterator[Item]:
-    """n commands for each language; beside every 10 of them 3 unsupported requests, 1 state question, 1 talk or format."""
+    """For each language n commands, and for each 10 of them 3 unsupported requests, 1 state, 1 talk or format."""
     for language in languages:
         plan = (
             ["command"] * n + ["unsupported"] * (n * 3 // 10) + ["state"] * (n // 10) + ["format", "talk"] * (n // 20)

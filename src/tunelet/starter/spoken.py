@@ -50,7 +50,8 @@ def sino(n: int) -> str:
     return ("" if n // 10 == 1 else SINO[n // 10]) + "십" + (SINO[n % 10] if n % 10 else "")
 
 
-# Digits as read aloud (영 일 이 ...), percent sign (퍼센트) and the Latin letters in our names: does the sound end in a consonant?
+# Digits as read aloud (영 일 이 ...), the percent sign (퍼센트) and the Latin letters in our names: does
+# the sound end in a consonant?
 _FINAL = {**{d: d in "013678" for d in "0123456789"}, "%": False, "V": False, "C": False}
 
 

@@ -1,5 +1,5 @@
 """Requests this home has to turn down, with the refusal that fits: a device or room it does not have, an action a
-device cannot do, a task that is no business of a home. Splits by composition and by phrasing, as for supported requests.
+device cannot do, a task that is no business of a home. Splits by composition and phrasing, as elsewhere.
 """
 
 from __future__ import annotations
