@@ -130,3 +130,26 @@ def test_bf16_loss_and_gradient_are_near_fp32():
     assert abs(float(a.detach()) - float(b.detach())) < 0.02 * float(a.detach())
     ga, gb = (torch.cat([p.grad.float().flatten() for p in model.parameters()]) for model in (exact, low))
     assert F.cosine_similarity(ga, gb, dim=0) > 0.99
+
+
+@pytest.mark.parametrize("name", ["mamba", "bloom", "lfm2"])
+def test_architectures_that_cannot_be_packed_run_row_by_row(name):
+    """Recurrent, ALiBi and convolutional models would leak from row to row, silently, in one stream."""
+    import transformers as t
+    from transformers import AutoModelForCausalLM
+
+    config = {
+        "mamba": lambda: t.MambaConfig(vocab_size=211, hidden_size=32, num_hidden_layers=2, state_size=4),
+        "bloom": lambda: t.BloomConfig(vocab_size=211, hidden_size=32, n_layer=2, n_head=4),
+        "lfm2": lambda: t.Lfm2Config(**SMALL, layer_types=["conv", "full_attention"]),
+    }[name]()
+    torch.manual_seed(0)
+    implementation = attention.register() if name == "lfm2" else "eager"
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval()
+    assert not head.packs(model)
+    rows = batch()
+    torch.testing.assert_close(head.nll_sum(model, rows), plain_nll(model, rows), atol=1e-3, rtol=1e-6)
+
+
+def test_architectures_of_the_attention_interface_are_packed():
+    assert head.packs(build("llama-tied")) and head.packs(build("gemma2-cap"))

@@ -7,8 +7,9 @@ architecture of transformers that reads the attention interface gets it. Evidenc
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -244,6 +245,9 @@ def _attention(
     **kw,
 ):
     """transformers' attention interface: query [1, H, T, D] -> ([1, T, H, D], None)."""
+    for calls in _counting:
+        calls.planned += segments is not None
+        calls.other += segments is None
     if segments is None:
         if attention_mask is None and 1 < query.shape[2] == key.shape[2] and getattr(module, "is_causal", True):
             scale = (
@@ -305,6 +309,28 @@ def _mask(*args, batch_size=None, q_length=None, kv_length=None, attention_mask=
     return sdpa_mask(
         *args, batch_size=batch_size, q_length=q_length, kv_length=kv_length, attention_mask=attention_mask, **kw
     )
+
+
+@dataclass
+class Calls:
+    """How often attention was computed with a plan, and without."""
+
+    planned: int = 0
+    other: int = 0
+
+
+_counting: list[Calls] = []
+
+
+@contextlib.contextmanager
+def count_calls() -> Iterator[Calls]:
+    """Count the calls of this attention inside the block."""
+    calls = Calls()
+    _counting.append(calls)
+    try:
+        yield calls
+    finally:
+        _counting.remove(calls)
 
 
 def register() -> str:

@@ -6,6 +6,9 @@ Not a loss function of a method (those are in `methods/`) and no template code. 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,9 +36,61 @@ def _inputs(batch: Batch, plan: attention.AttentionPlan | None) -> dict[str, Any
     }
 
 
+def _rows(batch: Batch) -> list[dict[str, Any]]:
+    """The inputs of each row alone."""
+    return [
+        {"input_ids": row[None], "use_cache": False} for row in batch.input_ids.split(batch.segments.diff().tolist())
+    ]
+
+
+def packs(model: nn.Module) -> bool:
+    """Whether rows may lie one after the other in one stream: each layer has to mix tokens through our attention only.
+
+    Found by counting its calls. False for recurrent, convolutional and hybrid layers and for attention written without
+    transformers' interface: these run row by row, which is slower and as exact.
+    """
+    lm = _causal_lm(model)
+    known = getattr(lm, "_tunelet_packs", None)
+    if known is None:
+        with _probing(lm) as probe, attention.count_calls() as calls:
+            try:
+                lm.base_model(**_inputs(probe, None))
+                known = calls.planned == lm.config.get_text_config().num_hidden_layers and not calls.other
+            except (TypeError, ValueError):  # it takes no positions, or knows no such keyword
+                known = False
+        lm._tunelet_packs = known
+    return known
+
+
+@contextlib.contextmanager
+def _probing(lm: nn.Module) -> Iterator[Batch]:
+    """A row of four tokens to try things out on, in eval mode and without gradients."""
+    device = lm.get_input_embeddings().weight.device
+    ids = torch.arange(1, 5, device=device) % lm.get_input_embeddings().weight.shape[0]
+    none = torch.empty(0, dtype=torch.int64, device=device)
+    was_training = lm.training
+    lm.eval()
+    try:
+        with torch.no_grad():
+            yield Batch(ids, torch.arange(4, device=device), torch.tensor([0, 4]), none, none)
+    finally:
+        lm.train(was_training)
+
+
 def hidden_states(model: nn.Module, batch: Batch, plan: attention.AttentionPlan | None = None) -> torch.Tensor:
     """[T, hidden]: the body's last hidden states, after the final norm."""
-    return _causal_lm(model).base_model(**_inputs(batch, plan)).last_hidden_state[0]
+    body = _causal_lm(model).base_model
+    if packs(model):
+        return body(**_inputs(batch, plan)).last_hidden_state[0]
+    return torch.cat([body(**row).last_hidden_state[0] for row in _rows(batch)])
+
+
+def _logits(model: nn.Module, batch: Batch, plan: attention.AttentionPlan | None = None) -> torch.Tensor:
+    """[N, vocabulary]: the model's own logits at `batch.loss_at`."""
+    lm = _causal_lm(model)
+    if packs(model):
+        return lm(**_inputs(batch, plan), logits_to_keep=batch.loss_at).logits[0]
+    return torch.cat([lm(**row).logits[0] for row in _rows(batch)]).index_select(0, batch.loss_at)
 
 
 def is_plain(model: nn.Module) -> bool:
@@ -50,19 +105,12 @@ def is_plain(model: nn.Module) -> bool:
         return False
     known = getattr(lm, "_tunelet_plain_head", None)
     if known is None:
-        device = head.weight.device
-        ids = torch.arange(1, 5, device=device) % head.weight.shape[0]
-        none = torch.empty(0, dtype=torch.int64, device=device)
-        probe = Batch(ids, torch.arange(4, device=device), torch.tensor([0, 4]), none, none)
-        was_training = lm.training
-        lm.eval()
-        with torch.no_grad():
+        with _probing(lm) as probe:
+            probe = replace(probe, loss_at=probe.position_ids)
             ours = nn.functional.linear(hidden_states(lm, probe), head.weight).float()
-            theirs = lm(**_inputs(probe, None)).logits[0].float()
-        lm.train(was_training)
-        known = ours.shape == theirs.shape and torch.allclose(
-            ours, theirs, rtol=1e-3, atol=1e-5 * float(theirs.abs().max())
-        )
+            theirs = _logits(lm, probe).float()
+        close = {"rtol": 1e-3, "atol": 1e-5 * float(theirs.abs().max())}
+        known = ours.shape == theirs.shape and torch.allclose(ours, theirs, **close)
         lm._tunelet_plain_head = known
     return known
 
@@ -133,8 +181,9 @@ def target_logprobs(model: nn.Module, batch: Batch, plan: attention.AttentionPla
             for i in range(0, len(scored), chunk)
         ]
         return torch.cat(parts)
-    logits = _causal_lm(model)(**_inputs(batch, plan), logits_to_keep=batch.loss_at).logits[0]
-    return torch.log_softmax(logits, -1, dtype=torch.float32).gather(1, batch.targets[:, None])[:, 0]
+    return torch.log_softmax(_logits(model, batch, plan), -1, dtype=torch.float32).gather(1, batch.targets[:, None])[
+        :, 0
+    ]
 
 
 def _logprobs(h, weight, targets):

@@ -7,6 +7,7 @@ folder is checked before anything is computed with it (models/weights.py reads t
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -131,23 +132,23 @@ def _load_base(folder: Path, choice: Choice, trust_remote_code: bool, dtype: str
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
-    from tunelet.models import attention
-
     bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # its report of the keys; what matters in it is said below, as an error
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=getattr(torch, dtype or choice.dtype),
-            attn_implementation=attention.register(),
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
+        model, info = _with_attention(
+            lambda implementation: AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=getattr(torch, dtype or choice.dtype),
+                attn_implementation=implementation,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
         )
     except (ValueError, KeyError, OSError, RuntimeError, ImportError, TypeError) as error:
         raise _cannot_load(folder, error) from error
@@ -166,6 +167,18 @@ def _load_base(folder: Path, choice: Choice, trust_remote_code: bool, dtype: str
         )
     weights.check_finite(model, folder)
     return model.to(choice.device).eval()
+
+
+def _with_attention(make: Callable[[str | None], Any]) -> Any:
+    """make(attention implementation): ours, or the model's own where its code does not ask transformers for one."""
+    from tunelet.models import attention
+
+    try:
+        return make(attention.register())
+    except KeyError as error:
+        if error.args != (attention.NAME,):
+            raise
+        return make(None)
 
 
 def _reason(error: BaseException) -> str:
@@ -252,7 +265,6 @@ def new_model(
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     from tunelet.errors import did_you_mean
-    from tunelet.models import attention
 
     values = {"tie_word_embeddings": True, **architecture}
     kind = values.pop("model_type", "llama")
@@ -266,8 +278,10 @@ def new_model(
         config = CONFIG_MAPPING[kind](**{**values, **ids, "vocab_size": vocab_size})
         torch.manual_seed(seed)
         with torch.device("meta" if choice is None else "cpu"):
-            model = AutoModelForCausalLM.from_config(
-                config, attn_implementation=attention.register(), dtype=torch.float32
+            model = _with_attention(
+                lambda implementation: AutoModelForCausalLM.from_config(
+                    config, attn_implementation=implementation, dtype=torch.float32
+                )
             )
     except (TypeError, ValueError, AttributeError, ZeroDivisionError, RuntimeError, StrictDataclassError) as error:
         raise TuneletError(
