@@ -1,11 +1,9 @@
 """The run directory: create, open, and write its files so that a kill, a full disk or a crash never leaves half a file.
 
-Not for training (train/) and not for reading a run as a page (report.py). Imports only the recipe and the errors,
-never torch.
-Layout (readable without tunelet):
+Not for training (train/), not for reading a run as a page (report.py). Never imports torch. Readable without tunelet:
     recipe.toml (what was asked for)  resolved.toml (every value and its origin)  env.json  data.json  plan.json
-    log.jsonl
-    checkpoints/  model/ or adapter/  eval/*.json[l]  masks.html  energy.json  report.html  DONE or FAILED.json
+    log.jsonl  checkpoints/  model/ or adapter/  eval/*.json[l]  masks.html  energy.json  summary.json  report.html
+    DONE or FAILED.json
 """
 
 from __future__ import annotations
@@ -43,9 +41,6 @@ class Run:
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
-
-    def __repr__(self) -> str:
-        return f"Run({str(self.folder)!r})"
 
     # -- making and opening -------------------------------------------------------------------------------------------
 
@@ -305,15 +300,20 @@ class Run:
 
     def done(self, **figures: Any) -> None:
         """Mark the run finished."""
-        with disk(self.folder):
-            (self.folder / "FAILED.json").unlink(missing_ok=True)
-        self.write_json("DONE", {"finished": _now(), **figures})
+        self.going_on()
+        self.write_json(
+            "DONE", {"finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), **figures}
+        )
 
     def failed(self, error: BaseException, *, step: int | None = None) -> None:
         """Write FAILED.json. A user's mistake keeps its three lines, a bug its traceback (the home folder shown as
         ~).
         """
-        told: dict[str, Any] = {"at": _now(), "step": step, "error": type(error).__name__}
+        told: dict[str, Any] = {
+            "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "step": step,
+            "error": type(error).__name__,
+        }
         if isinstance(error, TuneletError):
             told |= {"what": error.what, "why": error.why, "fix": error.fix}
         else:
@@ -335,7 +335,7 @@ class Run:
 
 
 def is_run(folder: Path | str) -> bool:
-    """Does `folder` hold a run?"""
+    """Whether `folder` holds a run."""
     return (Path(folder) / RESOLVED).is_file()
 
 
@@ -395,10 +395,5 @@ def _must_be_free(out: Path) -> None:
 
 
 def _check_plan(figures: Mapping[str, Any] | None) -> None:
-    unknown = set(figures or {}) - set(PLAN_KEYS)
-    if unknown:
+    if unknown := set(figures or {}) - set(PLAN_KEYS):
         raise ValueError(f"plan.json knows {PLAN_KEYS}, not {sorted(unknown)}")
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
