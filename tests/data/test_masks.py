@@ -25,12 +25,12 @@ TAGGED = {  # a template, and the same with generation tags
 }
 # What each author's tags hold beside what the rule trains: (part of the generation prompt, white space after the end).
 EXTRA = {
-    "templates-trl/gemma_training.jinja": ("", "\n"),
-    "templates-trl/idefics3_training.jinja": ("", "\n"),
+    "templates-trl/gemma_training.jinja": ("", ""),
+    "templates-trl/idefics3_training.jinja": ("", ""),
     "templates-trl/llama3_training.jinja": ("", ""),
-    "templates-trl/qwen2_5_training.jinja": ("\n", "\n"),
-    "templates-trl/qwen3_training.jinja": ("", "\n"),
-    f"templates-hfjs/{SMOLLM3}_with_generation.jinja": ("<|im_start|>assistant\n", "\n"),
+    "templates-trl/qwen2_5_training.jinja": ("\n", ""),
+    "templates-trl/qwen3_training.jinja": ("", ""),
+    f"templates-hfjs/{SMOLLM3}_with_generation.jinja": ("<|im_start|>assistant\n", ""),
 }
 
 
@@ -146,24 +146,26 @@ turns = st.lists(st.tuples(texts, texts), min_size=1, max_size=4)
 
 
 def as_printed(name: str, text: str, last: bool) -> str:
-    """The oracle: what an assistant's text becomes in this template, end token included, read off its source."""
+    """The oracle: what an assistant's text becomes in this template, with its end token, read off its source."""
     if "gemma" in name:
-        return text.strip() + "<end_of_turn>"
+        return text.strip() + "<end_of_turn>\n"
     if "llama" in name.lower().split("/")[1]:
         return text.strip() + "<|eot_id|>"
     if "Phi-3.5" in name:
-        return text + "<|end|>"
+        return text + "<|end|>\n"
     if "idefics3" in name:
-        return " " + text + "<end_of_utterance>"
+        return " " + text + "<end_of_utterance>\n"
     if "SmolLM3" in name:
-        return text.lstrip("\n") + "<|im_end|>"
+        return text.lstrip("\n") + "<|im_end|>\n"
     if "qwen3_training" in name or "minimind" in name:
         opened = "<think>\n\n</think>\n\n" if "qwen3" in name else ""  # minimind's generation prompt holds the block
-        return opened + text.lstrip("\n") + "<|im_end|>"
+        return opened + text.lstrip("\n") + "<|im_end|>\n"
     if "qwen3" in name.lower():
-        return ("<think>\n\n</think>\n\n" + text.lstrip("\n") if last else text) + "<|im_end|>"
-    assert "qwen2" in name.lower() or "Mistral" in name or "smollm2" in name, name
-    return text + "<|im_end|>"  # Mistral prints the tokenizer's eos_token
+        return ("<think>\n\n</think>\n\n" + text.lstrip("\n") if last else text) + "<|im_end|>\n"
+    if "Mistral" in name:
+        return text + "<|im_end|>"  # the tokenizer's eos_token
+    assert "qwen2" in name.lower() or "smollm2" in name, name
+    return text + "<|im_end|>\n"
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -229,7 +231,7 @@ def test_decoded_trained_tokens_are_the_answers(tiny_tokenizer, trimming, turns)
     for tokenizer in (tiny_tokenizer, trimming):
         row = Renderer(tokenizer, CHATML).chat(Chat(messages, HERE))
         kept = [id_ for id_, is_trained in zip(row.ids, row.mask, strict=True) if is_trained]
-        assert tokenizer.decode(kept) == "".join(answer + "<|im_end|>" for _, answer in turns)
+        assert tokenizer.decode(kept) == "".join(answer + "<|im_end|>\n" for _, answer in turns)
 
 
 # -- thinking, tools, partial prompts --------------------------------------------------------------------------------
@@ -238,11 +240,11 @@ def test_decoded_trained_tokens_are_the_answers(tiny_tokenizer, trimming, turns)
 def test_the_thinking_block_counts_from_the_generation_prompt_on(minimind):
     row = chat("thinking twice")
     assert trained(minimind, minimind.chat_template, row) == [
-        "Easy.\n</think>\n\n4<|im_end|>",  # its prompt writes "<think>\n": the header they share ends there
-        "Easy too.\n</think>\n\n6<|im_end|>",
+        "Easy.\n</think>\n\n4<|im_end|>\n",  # its prompt writes "<think>\n": the header they share ends there
+        "Easy too.\n</think>\n\n6<|im_end|>\n",
     ]
     single = Chat(said(("user", "2+2?"), ("assistant", "4")), HERE)
-    assert trained(minimind, minimind.chat_template, single) == ["4<|im_end|>"]
+    assert trained(minimind, minimind.chat_template, single) == ["4<|im_end|>\n"]
 
 
 REASONER = (
@@ -302,7 +304,7 @@ def test_ways_to_print(way):
         for m in said(("user", "a<E>\n<assistant>x"), ("assistant", "b"), ("user", "c"), ("assistant", " d\n"))
     ]
     marked = Template(WAYS[way], {}).mark(rows)
-    assert [(marked.text[a:b], i) for a, b, i in marked.trained] == [("b<E>", 1), (" d\n<E>", 3)]
+    assert [(marked.text[a:b], i) for a, b, i in marked.trained] == [("b<E>\n", 1), (" d\n<E>\n", 3)]
     printed = [(marked.text[a:b], i) for a, b, i in marked.segments if i >= 0]
     assert [i for _, i in printed] == [0, 1, 2, 3] and all(rows[i]["content"] in text for text, i in printed)
 

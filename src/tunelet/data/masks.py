@@ -7,14 +7,15 @@ nothing; it notes how far the output has come and whose turn begins. So the char
 exactly, whatever the texts contain, and without `{% generation %}` tags. Where a template prints from a macro or a
 `set` block instead of a loop over messages, the conversation cut after each message is compared with the whole instead.
 
-The rule. Trained is what the model has to produce after the generation prompt, up to and including the end token:
+The rule. Trained is an assistant's turn from behind the generation prompt to its end, the end token included:
     turn     the characters printed for an assistant message
     start    after the part of the turn that `add_generation_prompt=True` writes there (the role header, and whatever
              else the prompt opens: "<think>\\n" for a thinking template)
-    end      before the white space the template writes after its end token ("\\n" after "<|im_end|>")
+    end      the last character printed for the turn, with the line break some templates write after the end token:
+             authors who tag their templates train it too
 Where the template has `{% generation %}` tags, they are the truth: exactly what transformers' assistant mask holds is
-trained. Many authors put a little more inside their tags than the rule says (the newline after the end token, in
-SmolLM3 the role header); tests compare both, case by case.
+trained. Some authors put a little more inside their tags than the rule says (in SmolLM3 the role header); tests
+compare both, case by case.
 
 No guess. Each shape of conversation (roles, and which fields are filled) is checked once, with marker words in every
 field: a marker of an assistant must lie in its own trained part, a marker of anybody else outside of all of them, and
@@ -64,10 +65,10 @@ class Marked:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What is known of a checked shape. `ends`: for each assistant's message, whether its turn goes on to the end of
-    the text, and the white space after its end token. `steady`: messages whose history reads the same on its own."""
+    """What is known of a checked shape. `to_end`: for each assistant's message, whether its turn goes on to the end of
+    the text (an end token behind the loop over messages). `steady`: messages whose history reads the same on its own."""
 
-    ends: dict[int, tuple[bool, str]]
+    to_end: dict[int, bool]
     steady: set[int]
 
 
@@ -132,13 +133,8 @@ class Template:
         if self.tagged and tags:
             return _by_tags(trace)
         trace, starts, ends = self._turns(trace, messages, tools, shape.steady)
-        trained = []
-        for i, (extend, space) in shape.ends.items():
-            end = len(trace.text) if extend else ends[i]
-            if not trace.text[starts[i] : end].endswith(space):
-                raise _unclear(f"the end of the assistant's turn in message {i + 1} cannot be told from its text")
-            trained.append((starts[i], end - len(space), i))
-        return Marked(trace.text, trace.segments, tuple(trained))
+        trained = tuple((starts[i], len(trace.text) if to_end else ends[i], i) for i, to_end in shape.to_end.items())
+        return Marked(trace.text, trace.segments, trained)
 
     def _turns(
         self, trace: Trace, messages: Sequence[Json], tools: list[Json] | None, steady: Container[int]
@@ -239,7 +235,7 @@ class Template:
             return Shape({}, steady)
         return Shape({i: self._end(trace, hits, *part) for i, part in trained.items()}, steady)
 
-    def _end(self, trace: Trace, hits: list[Any], start: int, end: int, i: int) -> tuple[bool, str]:
+    def _end(self, trace: Trace, hits: list[Any], start: int, end: int, i: int) -> bool:
         after = trace.text[max([start, *(b for _, b, owner, _ in hits if owner == i)]) : end]
         extend = not after.strip() and trace.text[:end] + trace.tail == trace.text
         after = trace.tail if extend else after  # an end token behind the loop, after the last turn
@@ -249,7 +245,7 @@ class Template:
                 why="a model trained on it would not learn to stop",
                 fix="add the end token to the template, or " + CHOOSE,
             )
-        return extend, after[len(after.rstrip()) :]
+        return extend
 
     def _note_left_out(self, message: Json, i: int, seen: set[str]) -> None:
         missing = {kind for _, kind in MARK.findall(repr(message))} - seen
