@@ -66,7 +66,7 @@ class Marked:
 @dataclass(frozen=True, slots=True)
 class Shape:
     """What is known of a checked shape. `to_end`: for each assistant's message, whether its turn goes on to the end of
-    the text (an end token behind the loop over messages). `steady`: messages whose history reads the same on its own."""
+    the text (an end token behind the loop). `steady`: messages whose history reads the same on its own."""
 
     to_end: dict[int, bool]
     steady: set[int]
