@@ -109,6 +109,22 @@ def test_light_modules_import_nothing_heavy():
     assert told.stdout.split() == []
 
 
+@pytest.mark.parametrize("first", ["tunelet.cli", "tunelet.align", "tunelet.data.render", "tunelet.infer.engine"])
+def test_waiting_threads_sleep(first):
+    """The OpenMP that torch loads has been told, whichever module comes first; a user's own choice stands."""
+    code = f"import {first}, torch; torch.ones(1)"
+    for given, expected in ((None, "PASSIVE"), ("active", "ACTIVE")):
+        env = {**_env(), "OMP_DISPLAY_ENV": "true", **({"OMP_WAIT_POLICY": given} if given else {})}
+        if given is None:
+            env.pop("OMP_WAIT_POLICY", None)
+        told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+        assert told.returncode == 0, told.stderr
+        lines = [line for line in told.stderr.splitlines() if "OMP_WAIT_POLICY" in line]
+        if not lines:
+            pytest.skip("this build of torch brings an OpenMP that does not tell its settings")
+        assert all(expected in line.upper() for line in lines), lines
+
+
 def test_help_answers_at_once():
     """<= 0.5 s of CPU for `tunelet --help`. The best of three: other work on the machine is not what is tested."""
     import resource
