@@ -18,6 +18,7 @@ from tunelet.errors import TuneletError
 
 # Prefix of files and folders in the making; only a kill leaves them behind, and the next opening of a run sweeps them.
 TEMPORARY = ".tmp-"
+LOCK = ".lock"  # carries the lock of a run's folder (lock.py)
 
 
 def finite(value: Any) -> Any:

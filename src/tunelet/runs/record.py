@@ -26,7 +26,7 @@ from tunelet.recipe import Recipe
 from tunelet.recipe_io import values
 from tunelet.recipe_text import inline, resolved
 from tunelet.runs.environment import environment
-from tunelet.runs.files import TEMPORARY, disk, finite, sync, write_atomically
+from tunelet.runs.files import LOCK, TEMPORARY, disk, finite, sync, write_atomically
 
 RESOLVED = "resolved.toml"  # written first: a folder that holds it is a run
 LOG = "log.jsonl"
@@ -51,7 +51,7 @@ class Run:
         Raises TuneletError where `out` holds a run or anything else, or cannot be written.
         """
         out = Path(out)
-        _must_be_free(out)
+        must_be_free(out)
         run = cls(out)
         with disk(out):
             out.mkdir(parents=True, exist_ok=True)
@@ -342,7 +342,7 @@ def is_run(folder: Path | str) -> bool:
 def check_folder(out: Path | str, recipe: Recipe) -> None:
     """Whether `open_or_create` would take `out`, without writing. Raises TuneletError where not."""
     if not is_run(out):
-        _must_be_free(Path(out))
+        must_be_free(Path(out))
         return
     run = Run.open(out)
     changed = run.differences(recipe)
@@ -370,7 +370,8 @@ def asked_toml(recipe: Recipe, origins: Mapping[str, str]) -> str:
     return "\n".join(lines).lstrip("\n") + "\n"
 
 
-def _must_be_free(out: Path) -> None:
+def must_be_free(out: Path) -> None:
+    """Raises TuneletError where a new run could not be made in `out`."""
     if is_run(out):
         status = Run(out).status
         raise TuneletError(
@@ -383,9 +384,8 @@ def _must_be_free(out: Path) -> None:
             f"{out} is a file, not a folder.", why="a run is a folder of files", fix="Choose another --out."
         )
     with disk(out):
-        others = (
-            sorted(path.name for path in out.iterdir() if not path.name.startswith(TEMPORARY)) if out.is_dir() else []
-        )
+        names = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
+    others = [name for name in names if name != LOCK and not name.startswith(TEMPORARY)]
     if others:
         raise TuneletError(
             f"{out} exists, is not a run, and is not empty.",
