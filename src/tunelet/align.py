@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 SUMMARY = "summary.json"
 TRAINING = "training.json"  # written when the tuned model is saved
-MASKS = 4  # rows in masks.html
 ANSWERED_ROWS = 32  # held-out rows a model is asked where the starter's graded items do not apply
 
 METRICS = {
@@ -61,9 +60,8 @@ def align(
     out = Path(out)
     recipe, origins = training.resolve(recipe, origins or {})
     if not record.is_run(out) or Run.open(out).status != "finished":
-        with _telling(console, "Checking all rows"):
-            run, prepared = training.open_run(recipe, out, origins)
-        with training.record_failure(run):
+        checking = _telling(console, "Checking all rows")
+        with training.opened(recipe, out, origins, checking) as (run, prepared):
             _stages(run, recipe, prepared, console)
     record.check_folder(out, recipe)
     run = Run.open(out)
@@ -74,6 +72,8 @@ def align(
             why="it was made by `tunelet train`",
             fix=f"See its page with: tunelet report {out}, or choose another --out.",
         )
+    if not (out / report.NAME).exists():  # killed in the last moment
+        report.write(run)
     summary |= {"run": str(run.folder), "report": str(run.folder / report.NAME)}  # the folder may have been moved
     show(summary, run, console)
     return summary
@@ -83,36 +83,22 @@ def _stages(run: Run, recipe: Recipe, prepared: Prepared, console: Console) -> N
     from tunelet.models import device, load
 
     choice = training.choose(recipe, run, console)
-    _masks(run, prepared)
     model = None
     if recipe.model.path and run.read_json("eval/before.json") is None:
-        with _metered(run, "before", choice.device):
+        with energy.metered(run, "before", choice.device):
             # with a new adapter this is still the model as it was: adapters begin as an addition of zero
             model = training.load_for_training(recipe, prepared, choice)
             _evaluate(run, "before", model, recipe, prepared, console)
     if run.read_json(TRAINING) is None:
-        with _metered(run, "training", choice.device):
-            model = model or training.load_for_training(recipe, prepared, choice)
-            trained = training.train_and_save(recipe, run, prepared, model, choice, console)
-            run.write_json(TRAINING, training.figures(trained))
-        energy.fill_in(run, "training", trained.seconds)
+        trained = training.train_and_save(recipe, run, prepared, model, choice, console)
+        run.write_json(TRAINING, training.figures(trained))
     del model
     if run.read_json("eval/after.json") is None:
-        with _metered(run, "after", choice.device):
+        with energy.metered(run, "after", choice.device):
             # from the disk: what is measured is what was saved
             tuned = load.load_model(run.folder, choice, trust_remote_code=recipe.model.trust_remote_code)
             _evaluate(run, "after", tuned, recipe, prepared, console)
     _finish(run, device.peak_mb(choice.device))
-
-
-def _masks(run: Run, prepared: Prepared) -> None:
-    """masks.html: some rows with their trained tokens marked."""
-    from tunelet.data import show as marked
-
-    if prepared.train_rows and not (run.folder / "masks.html").exists():
-        rows = sorted(prepared.train_rows[:200], key=lambda row: len(row.ids))
-        some = rows[:: max(1, len(rows) // MASKS)][:MASKS]  # short and long ones
-        run.write_text("masks.html", marked.page(some, prepared.tokenizer))
 
 
 def _finish(run: Run, peak_mb: float | None) -> None:
@@ -131,9 +117,8 @@ def _finish(run: Run, peak_mb: float | None) -> None:
         "report": str(run.folder / report.NAME),
     }
     run.write_json(SUMMARY, summary)
-    run.actual({"energy_wh": spent["energy_wh"], "disk_mb": run.disk_mb()})
-    report.write(run)
     run.done(**run.read_json(TRAINING))
+    report.write(run)
 
 
 # -- evaluating -------------------------------------------------------------------------------------------------------
@@ -231,16 +216,6 @@ def _cell(name: str, figure: Mapping[str, Any] | None) -> str:
         return "-"
     low, high = (shown(name, figure[key]).rstrip("%") for key in ("low", "high"))
     return f"{shown(name, figure['value'])} ({low}–{high})"
-
-
-@contextlib.contextmanager
-def _metered(run: Run, part: str, device: str) -> Iterator[None]:
-    """Adds what the block takes to energy.json, also where it is stopped."""
-    with energy.Meter(device) as meter:
-        try:
-            yield
-        finally:
-            energy.add(run, part, meter.reading())
 
 
 @contextlib.contextmanager

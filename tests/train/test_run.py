@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
 
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
+from tunelet.align import align
 from tunelet.errors import TuneletError
 from tunelet.models import weights
 from tunelet.recipe import Recipe
 from tunelet.runs.record import Run
 from tunelet.train import defaults
-from tunelet.train.run import resolve, run_training
+from tunelet.train.run import opened, resolve, run_training
 
 QUIET = Console(quiet=True)
 
@@ -59,6 +63,66 @@ def test_full_tuning_saves_in_the_dtype_that_came_in(tiny_model_folder, chats, t
     assert run.read_json("plan.json")["actual"]["seconds"] > 0
     assert run.read_json("env.json")["choice"]["dtype"] == "bfloat16"
     assert run.read_json("data.json")
+
+
+def test_a_plain_training_leaves_the_same_records_as_align(tiny_model_folder, chats, tmp_path):
+    run = run_training(recipe(tiny_model_folder, chats), tmp_path / "run", console=QUIET)
+    energy = run.read_json("energy.json")
+    assert list(energy["parts"]) == ["loading", "training"] and energy["energy_wh"] > 0
+    assert energy["kind"] in ("measured", "estimated")
+    actual = run.read_json("plan.json")["actual"]
+    assert set(actual) == {"seconds", "peak_mb", "disk_mb", "energy_wh"}
+    assert actual["energy_wh"] == pytest.approx(energy["parts"]["training"]["energy_wh"])
+    assert "tl-row" in (run.folder / "masks.html").read_text(encoding="utf-8")
+    page = (run.folder / "report.html").read_text(encoding="utf-8")
+    assert "finished" in page and energy["kind"] in page and "tl-row" in page
+
+
+def test_two_processes_in_one_folder(tiny_model_folder, chats, tmp_path, monkeypatch):
+    """The second is refused and touches nothing, whether it finds the folder at once or after its checks."""
+    from tunelet.train import prepare
+
+    made, out = recipe(tiny_model_folder, chats, train={"save_steps": 2}), tmp_path / "run"
+    with opened(made, out, {}, contextlib.nullcontext()):
+        before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+        with pytest.raises(TuneletError, match="in use"):
+            run_training(made, out, console=QUIET)
+        assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    assert run_training(made, out, console=QUIET).status == "finished"
+    late, real = tmp_path / "late", prepare.prepare
+
+    def slowly(*arguments):
+        monkeypatch.setattr(prepare, "prepare", real)
+        stack.enter_context(opened(made, late, {}, contextlib.nullcontext()))
+        return real(*arguments)
+
+    monkeypatch.setattr(prepare, "prepare", slowly)
+    with contextlib.ExitStack() as stack:
+        with pytest.raises(TuneletError, match="in use"):
+            run_training(made, late, console=QUIET)
+        assert (late / "resolved.toml").exists()
+    with monkeypatch.context() as patch:  # the first was done, and let go, while the second still checked its rows
+        patch.setattr("tunelet.train.run.is_run", lambda _: False)
+        with pytest.raises(TuneletError, match="already holds a run"):
+            run_training(made, late, console=QUIET)
+    assert (late / "resolved.toml").exists()
+
+
+def test_a_model_that_cannot_be_loaded_leaves_no_folder(tiny_model_folder, chats, tmp_path):
+    bad = tmp_path / "bad"
+    shutil.copytree(tiny_model_folder, bad)
+    whole = load_file(bad / "model.safetensors")
+    name = next(iter(whole))
+    save_file({**whole, name: torch.full_like(whole[name], float("nan"))}, bad / "model.safetensors", {"format": "pt"})
+    for work in (lambda out: run_training(recipe(bad, chats), out, console=QUIET),
+                 lambda out: align(recipe(bad, chats), out, QUIET)):  # fmt: skip
+        with pytest.raises(TuneletError, match="damaged"):
+            work(tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+    run = Run.create(tmp_path / "run", recipe(bad, chats))  # one that was there stays, and says what happened
+    with pytest.raises(TuneletError, match="damaged"):
+        run_training(recipe(bad, chats), run.folder, console=QUIET)
+    assert run.status == "failed"
 
 
 def test_lora_writes_an_adapter_that_can_be_trained_on(tiny_model_folder, chats, tmp_path):

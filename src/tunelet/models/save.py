@@ -43,6 +43,16 @@ def save(model: Any, tokenizer: Any, folder: Path, dtype: str | None = None) -> 
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty card
 
 
+def dtype_of(model: Any, path: str, working: str) -> str | None:
+    """What a model that was trained from `path` is stored in: the dtype it came in, or, from random weights, the one it
+    was trained in (`working`); None for an adapter: as it is."""
+    from tunelet.models import load, weights
+
+    if hasattr(model, "peft_config"):
+        return None
+    return weights.stored_dtype(load.resolve(path)) if path else working
+
+
 def disk_error(error: Exception) -> Exception:
     """safetensors hides the number that says what is wrong with the disk in its text: the OSError it stands for, or the
     error itself."""

@@ -249,11 +249,12 @@ def _spent(run: Run) -> dict[str, Any]:
     plan, energy = run.read_json("plan.json", {}), run.read_json("energy.json")
     predicted, actual = plan.get("predicted") or {}, plan.get("actual") or {}
     kind = (energy or {}).get("kind", "")
+    energy_title = f"Energy ({kind}) of the training" if kind else "Energy of the training"
     rows = [
         ("Time of the training", "seconds", duration),
         ("Most memory held", "peak_mb", lambda mb: f"{mb:,.0f} MB"),
         ("Disk", "disk_mb", lambda mb: f"{mb:,.1f} MB"),
-        (f"Energy ({kind})" if kind else "Energy", "energy_wh", lambda wh: f"{wh:.3g} Wh"),
+        (energy_title, "energy_wh", lambda wh: f"{wh:.3g} Wh"),
     ]
     table = []
     for title, key, text in rows:

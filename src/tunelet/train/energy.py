@@ -12,11 +12,12 @@ CO2 is always an estimate: Wh x the world's average of 480 g/kWh in 2023 (Ember,
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,16 @@ SOURCES = {
     "cpu": "RAPL counters of the CPU packages, all programs included",
     "gpu": "NVML counters of the GPUs, all programs included",
 }
+
+
+@contextlib.contextmanager
+def metered(run: Any, part: str, device: str) -> Iterator[None]:
+    """Adds what the block takes to the run's energy.json, also where it is stopped."""
+    with Meter(device) as meter:
+        try:
+            yield
+        finally:
+            add(run, part, meter.reading())
 
 
 def add(run: Any, part: str, figures: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from tunelet.methods import losses
 from tunelet.models import device, head
 from tunelet.recipe import Recipe
 from tunelet.runs.record import Run
-from tunelet.train import checkpoint, progress, schedule
+from tunelet.train import checkpoint, plan, progress, schedule
 from tunelet.train.optimizer import AdamW
 
 
@@ -147,9 +147,15 @@ def train(
 
     model.train()
     enough = settings.early_stopping and now.evaluations_without_better >= settings.early_stopping
-    with progress.stop_signals() as stop, progress.bar(console, total, now.step) as bar:
+    with (
+        progress.stop_signals() as stop,
+        progress.bar(console, total, now.step) as bar,
+        plan.Forecast(recipe, run, model, train_rows, choice, total) as forecast,
+    ):
         if now.step == 0 and eval_rows:
+            started = time.perf_counter()
             evaluate()
+            forecast.evaluation = time.perf_counter() - started
         clock = _Clock(now)
         for micro_batches in step_rows(train_rows, recipe, now.step, total if not enough else 0):
             batches = [pack.make_batch(rows).to(choice.device) for rows in micro_batches]
@@ -183,7 +189,7 @@ def train(
             tokens = sum(len(batch.input_ids) for batch in batches)
             now.tokens, now.trained_tokens = now.tokens + tokens, now.trained_tokens + targets
             now.window_loss, now.window_targets = now.window_loss + loss * targets, now.window_targets + targets
-            clock.tick(now, tokens)
+            forecast.step(now.step, clock.tick(now, tokens), tokens, now.seconds)
             bar.advance(now.step, now.window_loss / now.window_targets, now.window)
             if now.step % settings.log_steps == 0 or now.step == total:
                 row = _log_row(now, rate, norm, choice)
@@ -214,19 +220,21 @@ def train(
 
 
 class _Clock:
-    """Adds the time that has passed to the counters."""
+    """Adds the time that has passed to the counters, and returns it."""
 
     def __init__(self, now: Progress):
         self.wall, self.cpu = time.perf_counter(), time.process_time()
 
-    def tick(self, now: Progress, tokens: int) -> None:
+    def tick(self, now: Progress, tokens: int) -> float:
         wall, cpu = time.perf_counter(), time.process_time()
-        now.seconds += wall - self.wall
+        passed = wall - self.wall
+        now.seconds += passed
         if tokens:  # an evaluation counts as time of the run, not against the tokens per second of training
             now.window["tokens"] += tokens
-            now.window["seconds"] += wall - self.wall
+            now.window["seconds"] += passed
             now.window["cpu_seconds"] += cpu - self.cpu
         self.wall, self.cpu = wall, cpu
+        return passed
 
 
 def _log_row(now: Progress, rate: float, norm: float, choice: device.Choice) -> dict[str, Any]:

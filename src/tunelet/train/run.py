@@ -1,21 +1,22 @@
 """One training from recipe to saved model: check the data, load the model, train, save, mark the run DONE or FAILED.
 
-Not the loop (train/loop.py) and not the before and after of `tunelet align` (align.py), which uses `load_for_training`
-and `finish`.
+Not the loop (train/loop.py) and not the before and after of `tunelet align` (align.py), made of the same parts.
 """
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunelet.errors import TuneletError
 from tunelet.recipe import Recipe
-from tunelet.runs.record import Run, is_run
-from tunelet.train import defaults
+from tunelet.runs import lock, report
+from tunelet.runs.record import Run, check_folder, is_run, must_be_free
+from tunelet.train import defaults, energy
 from tunelet.train.progress import Interrupted
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from tunelet.train.prepare import Prepared
 
 TOKENIZER = "tokenizer"  # folder of the run that holds a tokenizer trained for it
+WORK = ("log.jsonl", "checkpoints", "eval", "model", "adapter")  # a run that has one of these has done something
+MASKS = 4  # rows in masks.html
 
 
 def run_training(recipe: Recipe, out: Path, *, origins: Mapping[str, str] | None = None, console: Any) -> Run:
@@ -34,12 +37,11 @@ def run_training(recipe: Recipe, out: Path, *, origins: Mapping[str, str] | None
     behind.
     """
     recipe, origins = resolve(recipe, origins or {})
-    run, prepared = open_run(recipe, out, origins)
-    with record_failure(run):
+    with opened(recipe, out, origins, contextlib.nullcontext()) as (run, prepared):
         choice = choose(recipe, run, console)
-        model = load_for_training(recipe, prepared, choice)
-        trained = train_and_save(recipe, run, prepared, model, choice, console)
+        trained = train_and_save(recipe, run, prepared, None, choice, console)
         run.done(**figures(trained))
+        report.write(run)
     console.print(f"Saved {run.model_folder()}.", markup=False, highlight=False)
     return run
 
@@ -65,31 +67,66 @@ def _parameters(recipe: Recipe) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def open_run(recipe: Recipe, out: Path, origins: Mapping[str, str]) -> tuple[Run, Prepared]:
-    """The run in `out` and its data, checked. A new run's folder is made only once its data is found to be good."""
+@contextlib.contextmanager
+def opened(
+    recipe: Recipe, out: Path, origins: Mapping[str, str], checking: contextlib.AbstractContextManager[Any]
+) -> Iterator[tuple[Run, Prepared]]:
+    """The run in `out`, new or to go on with, and its data, checked (inside `checking`); no other process works in it.
+
+    A new run's folder is made only once its data is found to be good, and goes away again where a user's mistake ends
+    the block before anything was trained or measured. Any other error is written to FAILED.json.
+    """
     from tunelet.train.prepare import prepare
 
     out = Path(out)
-    if is_run(out):
-        run, _ = Run.open_or_create(out, recipe, origins)
-        if run.status == "finished":
-            raise TuneletError(
-                f"{out}: this run is finished.",
-                why="a run is never written over",
-                fix=f"Look at it with: tunelet report {out}; or choose another --out.",
-            )
-        prepared = prepare(recipe, run.folder / TOKENIZER)
-        run.going_on()
-    else:
-        with tempfile.TemporaryDirectory(prefix="tunelet-") as scratch:
-            made = Path(scratch) / TOKENIZER
-            prepared = prepare(recipe, made)
-            run = Run.create(out, recipe, origins)
-            if made.is_dir():
-                with run.folder_in_the_making(TOKENIZER) as folder:
-                    shutil.copytree(made, folder, dirs_exist_ok=True)
-    run.write_json("data.json", prepared.data_json)
-    return run, prepared
+    check_folder(out, recipe)
+    with contextlib.ExitStack() as stack:
+        with checking:
+            if is_run(out):
+                stack.enter_context(lock.held(out))
+                run, _ = Run.open_or_create(out, recipe, origins)
+                if run.status == "finished":
+                    raise TuneletError(
+                        f"{out}: this run is finished.",
+                        why="a run is never written over",
+                        fix=f"Look at it with: tunelet report {out}; or choose another --out.",
+                    )
+                prepared = prepare(recipe, run.folder / TOKENIZER)
+                run.going_on()
+            else:
+                scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tunelet-")))
+                prepared = prepare(recipe, scratch / TOKENIZER)
+                stack.enter_context(lock.held(out))
+                must_be_free(out)  # still: another process may have come and gone
+                stack.enter_context(_gone_if_nothing_done(out))
+                run = Run.create(out, recipe, origins)
+                if (scratch / TOKENIZER).is_dir():
+                    with run.folder_in_the_making(TOKENIZER) as folder:
+                        shutil.copytree(scratch / TOKENIZER, folder, dirs_exist_ok=True)
+            run.write_json("data.json", prepared.data_json)
+            _write_masks(run, prepared)
+        with record_failure(run):
+            yield run, prepared
+
+
+@contextlib.contextmanager
+def _gone_if_nothing_done(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except TuneletError as error:
+        if error.exit_code == 2 and not any((folder / name).exists() for name in WORK):
+            shutil.rmtree(folder)
+        raise
+
+
+def _write_masks(run: Run, prepared: Prepared) -> None:
+    """masks.html: some rows with their trained tokens marked."""
+    from tunelet.data import show
+
+    if prepared.train_rows and not (run.folder / "masks.html").exists():
+        rows = sorted(prepared.train_rows[:200], key=lambda row: len(row.ids))
+        some = rows[:: max(1, len(rows) // MASKS)][:MASKS]  # short and long ones
+        run.write_text("masks.html", show.page(some, prepared.tokenizer))
 
 
 def choose(recipe: Recipe, run: Run, console: Any) -> Choice:
@@ -130,32 +167,32 @@ def load_for_training(recipe: Recipe, prepared: Prepared, choice: Choice) -> Any
 
 
 def train_and_save(recipe: Recipe, run: Run, prepared: Prepared, model: Any, choice: Choice, console: Any) -> Trained:
-    """Train (or go on), write model/ or adapter/, and plan.json's actual figures. The model is the trained one
-    afterwards."""
-    from tunelet.models import load, save, weights
+    """Train (or go on), write model/ or adapter/, energy.json and plan.json's actual figures.
+
+    model: from `load_for_training`; None: it is loaded.
+    """
+    from tunelet.models import save
     from tunelet.train import loop
 
-    trained = loop.train(
-        recipe,
-        run,
-        model=model,
-        tokenizer=prepared.tokenizer,
-        train_rows=prepared.train_rows,
-        eval_rows=prepared.eval_rows,
-        choice=choice,
-        console=console,
-    )
-    adapter = hasattr(model, "peft_config")
-    dtype = (
-        None
-        if adapter
-        else weights.stored_dtype(load.resolve(recipe.model.path))
-        if recipe.model.path
-        else choice.dtype
-    )
-    with run.folder_in_the_making("adapter" if adapter else "model") as folder:
-        save.save(model, prepared.tokenizer, folder, dtype)
-    run.actual({"seconds": trained.seconds, "peak_mb": trained.peak_mb, "disk_mb": run.disk_mb()})
+    if model is None:
+        with energy.metered(run, "loading", choice.device):
+            model = load_for_training(recipe, prepared, choice)
+    with energy.metered(run, "training", choice.device):
+        trained = loop.train(
+            recipe,
+            run,
+            model=model,
+            tokenizer=prepared.tokenizer,
+            train_rows=prepared.train_rows,
+            eval_rows=prepared.eval_rows,
+            choice=choice,
+            console=console,
+        )
+        with run.folder_in_the_making("adapter" if hasattr(model, "peft_config") else "model") as folder:
+            save.save(model, prepared.tokenizer, folder, save.dtype_of(model, recipe.model.path, choice.dtype))
+    energy.fill_in(run, "training", trained.seconds)
+    spent = run.read_json("energy.json")["parts"]["training"]["energy_wh"]
+    run.actual({"seconds": trained.seconds, "peak_mb": trained.peak_mb, "disk_mb": run.disk_mb(), "energy_wh": spent})
     return trained
 
 
