@@ -5,12 +5,10 @@ Not for work: a verb hands its arguments on and prints what comes back.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -117,19 +115,6 @@ def choose_out(out: Path | None, recipe: Recipe, console: Console) -> Path:
     elif (run := record.Run.open(out)).status != "finished" and not run.differences(recipe):
         console.print(f"Going on with the {run.status} run in {out}", style="bold", markup=False)
     return out
-
-
-@contextlib.contextmanager
-def nothing_half_written(out: Path) -> Iterator[None]:
-    """Where a user's mistake shows before anything was trained or measured, the new run folder goes away again."""
-    new = not out.exists() or (out.is_dir() and not any(out.iterdir()))
-    try:
-        yield
-    except TuneletError as error:
-        worked = any((out / name).exists() for name in ("log.jsonl", "checkpoints", "eval", "model", "adapter"))
-        if new and error.exit_code == 2 and out.is_dir() and not worked:
-            shutil.rmtree(out)
-        raise
 
 
 def free_folder(recipe: Recipe) -> Path:

@@ -18,7 +18,6 @@ from tunelet.commands.common import (
     choose_out,
     flags_of,
     load_recipe,
-    nothing_half_written,
     open_console,
     write_json,
 )
@@ -95,8 +94,7 @@ def _align(
     folder = choose_out(out, loaded.recipe, console)
     from tunelet.align import align as run_align
 
-    with nothing_half_written(folder):
-        summary = run_align(loaded.recipe, folder, console, origins=loaded.origins)
+    summary = run_align(loaded.recipe, folder, console, origins=loaded.origins)
     write_json(summary, json_to)
 
 
@@ -116,6 +114,5 @@ def _resume(folder: Path, console: Any, json_to: str | None) -> None:
 def _train(recipe: Any, folder: Path, origins: dict[str, str], console: Any, json_to: str | None) -> None:
     from tunelet.train.run import run_training
 
-    with nothing_half_written(folder):
-        run = run_training(recipe, folder, origins=origins, console=console)
+    run = run_training(recipe, folder, origins=origins, console=console)
     write_json(run.read_json("DONE", {}) | {"run": str(run.folder)}, json_to)
