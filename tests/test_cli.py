@@ -329,3 +329,31 @@ def test_ctrl_c_is_130_without_a_traceback(tiny_model_folder):
     _, err = child.communicate(timeout=60)
     assert child.returncode in (0, 130)
     assert "Traceback" not in err
+
+
+def test_a_folder_with_a_tokenizer_alone_serves_where_no_weights_are_needed(capsys, chats, tiny_model_folder, tmp_path):
+    folder = tmp_path / "tokenizer-only"
+    folder.mkdir()
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        if (Path(tiny_model_folder) / file).exists():
+            (folder / file).write_bytes((Path(tiny_model_folder) / file).read_bytes())
+    assert run(capsys, "data", "mask", chats, "--model", folder)[0] == 0
+    assert run(capsys, "data", "render", chats, "--model", folder)[0] == 0
+    assert "line 3" in run(capsys, "data", "doctor", chats, "--model", folder)[1]
+    for verb in (["chat", folder, "--prompt", "hi"], ["train", "sft", "--model", folder, "--out", tmp_path / "run"]):
+        code, _, err = run(capsys, *verb)
+        assert code == 2 and "holds no model" in err and not (tmp_path / "run").exists()
+
+
+def test_columns_are_named_in_the_same_way_everywhere(capsys, tmp_path):
+    rows = tmp_path / "odd.jsonl"
+    rows.write_text(json.dumps({"instruction": "Say hi.", "text": "Hi."}) + "\n")
+    code, _, err = run(capsys, "data", "convert", rows, "--out", tmp_path / "out.jsonl")
+    flags = "--column prompt=instruction --column completion=text"
+    assert code == 2 and flags in err.splitlines()[-1] and "columns = {" in err.splitlines()[-1]
+    assert run(capsys, "data", "convert", rows, *flags.split(), "--out", tmp_path / "out.jsonl")[0] == 0
+    code, text, _ = run(capsys, "recipe", "show", "--data", rows, *flags.split(), "--json", "-")
+    told = json.loads(text)["data.columns"]
+    assert told == {"value": {"prompt": "instruction", "completion": "text"}, "origin": "--column"}
+    code, text, _ = run(capsys, "recipe", "init", "--data", rows, *flags.split())
+    assert code == 0 and 'columns = { prompt = "instruction", completion = "text" }' in text

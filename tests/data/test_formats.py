@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 
 import pytest
 from hypothesis import given, settings
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from tunelet.data import formats
 from tunelet.data.convert import row_of, write_jsonl
 from tunelet.data.examples import Chat, Finding, Labelled, Message, Origin, Preference, Text
+from tunelet.data.shapes import columns_fix
 from tunelet.errors import TuneletError
 
 HERE = Origin("rows.jsonl", 7)
@@ -74,7 +76,9 @@ def test_shared_files_convert_and_counts_add_up(shared, tmp_path, path, want, co
 def test_dolly_without_a_mapping_says_which_mapping(shared):
     loaded = formats.load([str(shared / "inst-dolly")], limit=5)
     assert loaded.counts.dropped == {"ambiguous_columns": 5}
-    assert loaded.findings[0].fix == 'columns = {prompt = "instruction", completion = "text"}'
+    fix = loaded.findings[0].fix
+    assert "--column prompt=instruction --column completion=text" in fix
+    assert 'columns = {prompt = "instruction", completion = "text"}' in fix
 
 
 def test_glaive_calls_become_tool_calls(shared):
@@ -410,3 +414,20 @@ def test_any_value_gives_an_example_or_a_finding(value, want):
 @given(st.sampled_from(list(formats.FORMATS)), st.dictionaries(names, anything, max_size=5))
 def test_any_value_under_any_named_format(format, value):
     assert convert(value, format=format)
+
+
+def test_a_named_column_is_taken_without_regard_to_case():
+    row = {"Instruction": "Say hi.", "Text": "Hi."}
+    refused = formats.row_to_example(row, Origin("a", 1))
+    assert "--column prompt=instruction" in refused.fix
+    made = formats.row_to_example(row, Origin("a", 1), columns={"prompt": "instruction", "completion": "text"})
+    assert [message.content for message in made.messages] == ["Say hi.", "Hi."]
+    odd = formats.row_to_example({"Frage 1": "?", "prompt": "x"}, Origin("a", 1), columns={"prompt": "Frage 2"})
+    assert "Did you mean 'Frage 1'?" in odd.message
+
+
+def test_flags_and_recipe_lines_can_be_pasted():
+    fix = columns_fix(prompt="my column", completion='say "it"')
+    assert "--column prompt='my column'" in fix
+    line = fix[fix.index("columns = ") : -1]
+    assert tomllib.loads(line)["columns"] == {"prompt": "my column", "completion": 'say "it"'}

@@ -7,10 +7,10 @@ import time
 
 import pytest
 
-from tunelet.data.examples import Chat, Message, Origin
+from tunelet.data.examples import Chat, Message, Origin, Text
 from tunelet.errors import TuneletError
 from tunelet.recipe import Recipe
-from tunelet.train.prepare import Prepared, hold_out, listing, prepare, prompt_key
+from tunelet.train.prepare import Prepared, hold_out, prepare, prompt_key
 
 
 def rows_file(folder, rows, name="rows.jsonl") -> str:
@@ -23,9 +23,13 @@ def pairs(n: int, start: int = 0) -> list[dict[str, str]]:
     return [{"prompt": f"What is {k} plus one?", "completion": f"It is {k + 1}."} for k in range(start, start + n)]
 
 
-def run(model, source, method="sft", **data) -> Prepared:
+def run(model, source, method="sft", template="", **data) -> Prepared:
     section = {"train": source if isinstance(source, list) else [source], "max_length": 128, **data}
-    return prepare(Recipe.model_validate({"method": method, "model": {"path": str(model)}, "data": section}))
+    return prepare(
+        Recipe.model_validate(
+            {"method": method, "model": {"path": str(model), "chat_template": template}, "data": section}
+        )
+    )
 
 
 def test_chats_become_rows_of_tokens_with_trained_answers(tmp_path, tiny_model_folder):
@@ -184,11 +188,31 @@ def test_ten_thousand_rows_take_seconds(tmp_path, tiny_model_folder):
     assert time.process_time() - started < 20  # about 4 on one quiet core
 
 
-def test_listing_shows_each_kind_and_counts_the_rest():
-    from tunelet.data.examples import Finding
+def test_what_the_template_leaves_out_is_said(tmp_path, tiny_model_folder):
+    template = tmp_path / "no-system.jinja"
+    template.write_text(
+        "{% for m in messages if m['role'] != 'system' %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+        "{% endfor %}"
+    )
+    rows = [{"system": "Be kind.", "prompt": f"Light {n}?", "completion": f"It is {n}."} for n in range(20)]
+    path = rows_file(tmp_path, rows)
+    made = run(tiny_model_folder, path, template=str(template))
+    [left] = [finding for finding in made.findings if finding.kind == "left_out"]
+    assert left.severity == "warning" and "system" in left.message
+    assert made.data_json["findings"]["warning"]["left_out"] == 1
 
-    many = [Finding("a", "error", f"fault {n}", Origin("x", n), "mend a") for n in range(100)]
-    few = [Finding("b", "error", "the same", Origin("y", n), "mend b") for n in range(9)]
-    text = listing(many + few, shown=20)
-    assert "a, 100 findings; mend a" in text and "and 90 more" in text
-    assert text.count("the same") == 3 and "and 6 more" in text
+
+def test_long_rows_are_no_news_of_the_tokenizer_library(tiny_model_folder, caplog):
+    import logging
+
+    from tunelet.data.render import Renderer, load_tokenizer
+
+    logging.getLogger("transformers").propagate = True
+    tokenizer = load_tokenizer(tiny_model_folder)
+    tokenizer.model_max_length = 8
+    renderer = Renderer(tokenizer)
+    renderer.raw("many words " * 20)
+    renderer.texts([Text("many words " * 20, Origin("a", 1))])
+    assert "Token indices" not in caplog.text
+    tokenizer("many words " * 20)
+    assert "Token indices" in caplog.text, "it would have been said"

@@ -179,6 +179,10 @@ def test_csv_without_a_header_and_with_the_wrong_delimiter(tmp_path):
     assert kinds(read_rows(write(tmp_path, "a.csv", "What is 2?,3.5,4,5,6,B\nx,1,2,3,4,A\n"))) == [
         ("missing_header", 1)
     ]
+    assert kinds(read_rows(write(tmp_path, "m.csv", "Which nerve is it?,This,That,D\nAnd this?,x,y,C\n"))) == [
+        ("missing_header", 1)
+    ]
+    assert kinds(read_rows(write(tmp_path, "n.tsv", "ID\tQuestion\t1\t2\n1\tx\ty\tz\n"))) == []  # numbers as names
     assert kinds(read_rows(write(tmp_path, "b.csv", "Q;A\na;b\n"))) == [("wrong_delimiter", 1)]
     assert kinds(read_rows(write(tmp_path, "c.tsv", "Q,A\na,b\n"))) == [("wrong_delimiter", 1)]
 

@@ -113,7 +113,7 @@ class _Session:
 
         self.messages.append(Message("user", text))
         if self.raw:
-            ids = self.engine.tokenizer(text)["input_ids"]
+            ids = self.engine.renderer.raw(text)
         else:
             head = [Message("system", self.system)] if self.system else []
             ids = self.engine.renderer.prompt([*head, *self.messages])

@@ -96,9 +96,16 @@ def load_recipe(
     return recipe_io.load(file, sets=sets or [], flags=given)
 
 
-def flags_of(model: str | None, data: list[str] | None, adapter: str | None) -> dict[str, tuple[str, Any]]:
+def flags_of(
+    model: str | None, data: list[str] | None, columns: list[str] | None, adapter: str | None
+) -> dict[str, tuple[str, Any]]:
     """The dedicated flags as `recipe_io.load` takes them."""
-    return {"--model": ("model.path", model), "--data": ("data.train", data), "--adapter": ("adapter.kind", adapter)}
+    return {
+        "--model": ("model.path", model),
+        "--data": ("data.train", data),
+        "--column": ("data.columns", column_map(columns) or None),
+        "--adapter": ("adapter.kind", adapter),
+    }
 
 
 def choose_out(out: Path | None, recipe: Recipe, console: Console) -> Path:
@@ -144,6 +151,16 @@ def column_map(pairs: Sequence[str] | None) -> dict[str, str]:
     return out
 
 
+def free_file(file: Path) -> None:
+    """Raises TuneletError where a verb could not write this new file, before it has done its work."""
+    if file.exists():
+        raise TuneletError(
+            f"{file}: is there already", why="it is not written over", fix="choose another file, or delete it"
+        )
+    if not file.parent.is_dir():
+        raise TuneletError(f"{file}: there is no folder {file.parent}", fix="make it, or choose another file")
+
+
 def choice_of(flag: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         raise TuneletError(
@@ -153,11 +170,11 @@ def choice_of(flag: str, value: str, choices: Sequence[str]) -> None:
 
 
 def open_tokenizer(model: str, template: str | None = None) -> tuple[Any, Any]:
-    """(tokenizer, renderer) of a model, without its weights."""
+    """(tokenizer, renderer) of a model, or of a folder that holds a tokenizer alone."""
     from tunelet.data.render import Renderer, load_tokenizer
     from tunelet.models import load
 
-    tokenizer = load_tokenizer(load.resolve(model), template or "")
+    tokenizer = load_tokenizer(load.resolve(model, weights_too=False), template or "")
     return tokenizer, Renderer(tokenizer)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,7 @@ from tunelet.commands.common import (
     Template,
     choice_of,
     column_map,
+    free_file,
     open_console,
     open_tokenizer,
     write_json,
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from tunelet.data.examples import Finding
     from tunelet.data.formats import Loaded
 
-SHOWN = 50  # findings printed; --json has them all
+SHOWN = 40  # findings printed one by one; --json has them all
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Convert, check and look at data: convert, doctor, render, mask."
@@ -65,21 +67,22 @@ def convert(
 ) -> None:
     """Convert rows of any known format to one: rows in = examples out + rows dropped, each with its reason."""
     console = open_console(json_to)
-    _free_file(out)
+    free_file(out)
     from tunelet.data.convert import write_jsonl
 
     loaded = _load(sources, want, format, columns, system, limit)
     counts = loaded.counts
     _print_findings(loaded.findings, console)
     if not loaded.examples:
+        fixes = Counter(finding.fix for finding in loaded.findings if finding.fix)
         reasons = ", ".join(f"{number} {reason}" for reason, number in counts.dropped.items()) or "there are no rows"
         raise TuneletError(
             f"{', '.join(sources)}: no row became an example",
             why=f"{counts.rows_in} rows in, dropped: {reasons}",
-            fix="name the columns (--column prompt=Q --column completion=A), or the kind (--want text)",
+            fix=next((fix for fix, _ in fixes.most_common(1)), "give a file, a folder or a hub id that holds rows"),
         )
     write_jsonl(loaded.examples, out)
-    detected = ", ".join(f"{name} {number}" for name, number in loaded.formats.items())
+    detected = ", ".join(f"{name}: {number}" for name, number in loaded.formats.items())
     dropped = ", ".join(f"{reason} {number}" for reason, number in counts.dropped.items())
     console.print(f"Wrote {out}: {counts.examples_out} of {counts.rows_in} rows ({detected})", markup=False)
     if dropped:
@@ -110,7 +113,7 @@ def doctor(
     """
     console = open_console(json_to)
     if fix is not None:
-        _free_file(fix)
+        free_file(fix)
     from tunelet.data import doctor as checks
     from tunelet.data.convert import write_jsonl
 
@@ -185,14 +188,14 @@ def mask(
     """One row in colour: which tokens are trained (green, in [[ ]]) and which are only read."""
     console = open_console(json_to)
     if html is not None:
-        _free_file(html)
+        free_file(html)
     example = _row(source, row, want, format, columns, system)
     tokenizer, renderer = open_tokenizer(model, template)
     tokens = _tokens(example, renderer)
     from tunelet.data import show
 
     if json_to != "-":
-        console.print(show.summary(tokens) + "\n", style="bold", markup=False)
+        console.print(show.summary(tokens) + " (in [[ ]])\n", style="bold", markup=False)
         console.print(show.terminal(tokens, tokenizer, ids=ids))
     if html is not None:
         from tunelet.runs.files import write_atomically
@@ -244,17 +247,8 @@ def finding_row(finding: Finding) -> dict[str, Any]:
 
 
 def _print_findings(findings: list[Finding], console: Console) -> None:
-    styles = {"error": "red", "warning": "yellow", "info": "dim"}
-    for finding in findings[:SHOWN]:
-        console.print(f"{finding.severity}: {finding}", style=styles.get(finding.severity, ""), markup=False)
-    if len(findings) > SHOWN:
-        console.print(f"... and {len(findings) - SHOWN} more; all of them: --json FILE", style="dim")
+    from tunelet.data import listing
 
-
-def _free_file(file: Path) -> None:
-    if file.exists():
-        raise TuneletError(
-            f"{file}: is there already", why="it is not written over", fix="choose another file, or delete it"
-        )
-    if not file.parent.is_dir():
-        raise TuneletError(f"{file}: there is no folder {file.parent}", fix="make it, or choose another file")
+    styles = {"error": "bold red", "warning": "yellow", "info": "cyan", "fix": "dim"}
+    for kind, line in listing.lines(findings, SHOWN):
+        console.print(line, style=styles.get(kind), markup=False)

@@ -10,11 +10,14 @@ import typer
 from tunelet.commands.common import (
     METHODS,
     Adapter,
+    Columns,
     Data,
     Json,
     Model,
     Sets,
+    column_map,
     flags_of,
+    free_file,
     load_recipe,
     open_console,
     write_json,
@@ -31,13 +34,14 @@ def show(
     ] = None,
     model: Model = None,
     data: Data = None,
+    columns: Columns = None,
     adapter: Adapter = None,
     sets: Sets = None,
     json_to: Json = None,
 ) -> None:
     """Every value a run would use, and where it comes from: default, recipe, --set or a flag."""
     console = open_console(json_to)
-    loaded = load_recipe(recipe, sets, flags_of(model, data, adapter))
+    loaded = load_recipe(recipe, sets, flags_of(model, data, columns, adapter))
     from tunelet.recipe_io import values
     from tunelet.recipe_text import inline
 
@@ -57,6 +61,7 @@ def show(
 def init(
     model: Model = None,
     data: Data = None,
+    columns: Columns = None,
     adapter: Adapter = None,
     method: Annotated[str, typer.Option(help="pretrain or sft.")] = "sft",
     out: Annotated[
@@ -70,6 +75,8 @@ def init(
         raise TuneletError(f"there is no method '{method}'", fix=f"the methods are {' and '.join(METHODS)}")
     given: dict[str, Any] = {"name": out.stem if out else "my-run", "method": method, "model.path": model or "starter"}
     given["data.train"] = data or ["starter"]
+    if columns:
+        given["data.columns"] = column_map(columns)
     if adapter:
         given["adapter.kind"] = adapter
     recipe_io.load(None, flags={f"--{key}": (key, value) for key, value in given.items()})  # refuse what could not load
@@ -77,9 +84,6 @@ def init(
     if out is None:
         typer.echo(text, nl=False)
         return
-    if out.exists():
-        raise TuneletError(f"{out}: is there already", why="it is not written over", fix="choose another --out")
-    if not out.parent.is_dir():
-        raise TuneletError(f"{out}: there is no folder {out.parent}", fix="make it, or choose another --out")
+    free_file(out)
     out.write_text(text, encoding="utf-8")
     typer.echo(f"Wrote {out}. Look at it, then: tunelet align {out}")

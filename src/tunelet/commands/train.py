@@ -10,6 +10,7 @@ import typer
 from tunelet.commands.common import (
     METHODS,
     Adapter,
+    Columns,
     Data,
     Json,
     Model,
@@ -36,13 +37,14 @@ def align(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file (write one: tunelet recipe init).")],
     model: Model = None,
     data: Data = None,
+    columns: Columns = None,
     adapter: Adapter = None,
     sets: Sets = None,
     out: Out = None,
     json_to: Json = None,
 ) -> None:
     """From a recipe to a report: check the data, evaluate, tune, evaluate again, show before and after."""
-    _align(recipe, out, sets, json_to, flags_of(model, data, adapter))
+    _align(recipe, out, sets, json_to, flags_of(model, data, columns, adapter))
 
 
 def train(
@@ -50,6 +52,7 @@ def train(
     recipe: Annotated[str | None, typer.Option("--recipe", metavar="FILE", help="A recipe to start from.")] = None,
     model: Model = None,
     data: Data = None,
+    columns: Columns = None,
     adapter: Adapter = None,
     sets: Sets = None,
     out: Out = None,
@@ -62,8 +65,8 @@ def train(
     """Train a model: pretrain (plain text) or sft (conversations). The same command after a crash goes on."""
     console = open_console(json_to)
     if resume is not None:
-        given = {"METHOD": method, "--recipe": recipe, "--model": model, "--data": data, "--adapter": adapter,
-                 "--set": sets, "--out": out}  # fmt: skip
+        given = {"METHOD": method, "--recipe": recipe, "--model": model, "--data": data, "--column": columns,
+                 "--adapter": adapter, "--set": sets, "--out": out}  # fmt: skip
         if extra := [name for name, value in given.items() if value]:
             raise TuneletError(
                 f"--resume {resume}: does not go with {', '.join(extra)}",
@@ -81,7 +84,7 @@ def train(
             f"there is no method '{method}'.{did_you_mean(method, METHODS)}",
             fix=f"the methods are {' and '.join(METHODS)}",
         )
-    loaded = load_recipe(recipe, sets, {"METHOD": ("method", method), **flags_of(model, data, adapter)})
+    loaded = load_recipe(recipe, sets, {"METHOD": ("method", method), **flags_of(model, data, columns, adapter)})
     folder = choose_out(out, loaded.recipe, console)
     _train(loaded.recipe, folder, loaded.origins, console, json_to)
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from tunelet.data import pairs
 from tunelet.data.pairs import first
-from tunelet.data.shapes import Bad, loaded
+from tunelet.data.shapes import Bad, columns_fix, loaded
 
 Want = Literal["chat", "text", "preference", "labelled"]
 
@@ -64,16 +64,16 @@ def detect(row: Mapping[str, Any], want: Want = "chat") -> str:
         raise Bad(
             "ambiguous_columns",
             f"the row has '{asked}' and '{text}' but no answer's column: '{text}' may be the answer or not",
-            f'columns = {{prompt = "{asked}", completion = "{text}"}}',
+            f"where it is the answer: {columns_fix(prompt=asked, completion=text)}",
         )
     if asked:
         raise Bad(
             "no_answer",
             f"the row has a prompt ('{asked}') and no answer (columns: {', '.join(list(row)[:8])})",
-            f'name the answer\'s column: columns = {{prompt = "{asked}", completion = "..."}}',
+            f"name the answer's column: {columns_fix(prompt=asked, completion='NAME')}",
         )
     raise Bad(
         "unknown_format",
         f"no known format has the columns {', '.join(map(repr, list(row)[:8])) or '(none)'}",
-        'say which column is what: columns = {prompt = "...", completion = "..."}',
+        "say which column is what: " + columns_fix(prompt="NAME", completion="NAME"),
     )

@@ -13,7 +13,17 @@ from tunelet.data import pairs, sources
 from tunelet.data.detect import AFTER, BEFORE, LISTS, SINGLE, TEXTS, Want, detect
 from tunelet.data.examples import Chat, Counts, Example, Finding, Labelled, Message, Origin, Preference, Text
 from tunelet.data.pairs import first
-from tunelet.data.shapes import Bad, checked_chat, checked_prompt, loaded, messages_of, text_of, tools_of, with_system
+from tunelet.data.shapes import (
+    Bad,
+    checked_chat,
+    checked_prompt,
+    columns_fix,
+    loaded,
+    messages_of,
+    text_of,
+    tools_of,
+    with_system,
+)
 from tunelet.errors import TuneletError, did_you_mean
 
 ROLES = {
@@ -189,18 +199,19 @@ def _refuse_pairs(row: Mapping[str, Any], name: str) -> None:
     """Raises Bad for a row with two answers or a verdict where a chat is wanted; the fix names the row's columns."""
     good, asked = first(row, (*pairs.CHOSEN, "response_j")), first(row, pairs.PROMPTS)
     if name == "labelled":
-        mapping = f'{{prompt = "{asked}", completion = "{first(row, pairs.ANSWERS)}"}}'
+        mapping = columns_fix(prompt=asked, completion=first(row, pairs.ANSWERS))
         raise Bad(
             "labelled_row",
             "a row with a verdict on its answer: training on all answers would train on the bad ones too",
-            f"to train on them all the same: columns = {mapping}",
+            f"to train on all of them: {mapping}; `tunelet data` reads the verdicts with --want labelled",
         )
     if name.startswith("preference"):
-        mapping = f'{{prompt = "{asked}", completion = "{good}"}}' if asked else f'{{messages = "{good}"}}'
+        better = {"prompt": asked, "completion": good} if asked else {"messages": good}
+        pairs_too = "`tunelet data` reads pairs with --want preference"
         raise Bad(
             "preference_row",
-            f"a preference row ({name}): it has a better and a worse answer, a chat has one",
-            f"to train on the better answers: columns = {mapping}" if good else "use a preference method for it",
+            f"the row has a better and a worse answer (format {name}), and a chat has one",
+            f"to train on the better answers: {columns_fix(**better)}; {pairs_too}" if good else pairs_too,
         )
 
 
@@ -210,24 +221,26 @@ def _fit(example: Example, want: Want, name: str) -> None:
         raise Bad(
             "not_text",
             f"a row of the format {name}, and first training takes plain text",
-            'tune on it with `tunelet train sft`, or take one column: columns = {text = "..."}',
+            f"tune on it with `tunelet train sft`, or take one column: {columns_fix(text='NAME')}",
         )
     if want == "preference" and not isinstance(example, Preference):
         raise Bad(
             "not_a_preference",
             f"a row of the format {name}, without a better and a worse answer",
-            'give prompt, chosen and rejected, or name them: columns = {chosen = "...", rejected = "..."}',
+            "give prompt, chosen and rejected, or name them: " + columns_fix(chosen="NAME", rejected="NAME"),
         )
     if want == "labelled" and not isinstance(example, Labelled):
         raise Bad(
-            "not_labelled", f"a row of the format {name}, without a verdict", 'name it: columns = {label = "..."}'
+            "not_labelled", f"a row of the format {name}, without a verdict", "name it: " + columns_fix(label="NAME")
         )
 
 
 def _mapped(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
     """The row with its columns under the names of their roles; only the named ones where a main role is among them."""
     named = {}
+    exact = {str(key).strip().lower(): key for key in row}  # names are told, and taken, without regard to case
     for role, column in columns.items():
+        column = column if column in row else exact.get(column.strip().lower(), column)
         if column not in row:
             optional = role not in MAIN_ROLES
             if optional:  # a row without its own system message or tools is sound

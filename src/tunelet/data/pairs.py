@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from tunelet.data.examples import Message
-from tunelet.data.shapes import Bad, messages_of, text_of, transcript
+from tunelet.data.shapes import Bad, columns_fix, messages_of, text_of, transcript
 
 PROMPTS = ("prompt", "instruction", "question", "query", "input")
 ANSWERS = ("completion", "response", "answer", "output")
@@ -63,7 +63,7 @@ def detect_pair(row: dict[str, Any], want: str) -> str:
 def _prompt(row: dict[str, Any]) -> Turns:
     name = first(row, PROMPTS)
     if name is None:
-        raise Bad("no_prompt", "the row has no prompt", "name its column: columns = {prompt = '...'}")
+        raise Bad("no_prompt", "the row has no prompt", "name its column: " + columns_fix(prompt="NAME"))
     value = row[name]
     if isinstance(value, list):
         return messages_of(value)
@@ -137,5 +137,5 @@ def labelled(row: dict[str, Any]) -> tuple[Turns, Turns, bool]:
         raise Bad("bad_label", "the row has no label", "add a column 'label' of true and false")
     answer = first(row, ANSWERS)
     if answer is None:
-        raise Bad("no_answer", "the row has no answer", "name its column: columns = {completion = '...'}")
+        raise Bad("no_answer", "the row has no answer", "name its column: " + columns_fix(completion="NAME"))
     return _prompt(row), _answer(row[answer], answer), verdict(row[named])

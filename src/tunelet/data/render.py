@@ -75,7 +75,11 @@ class Renderer:
     def prompt(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = (), **kw: Any) -> list[int]:
         """Ids of the conversation with the generation prompt: what a model is given to answer."""
         text = self.string(messages, tools, add_generation_prompt=True, **kw)
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def raw(self, text: str) -> list[int]:
+        """Ids of a text to go on with, without any template."""
+        return self.tokenizer(text, verbose=False)["input_ids"]
 
     def chat(self, chat: Chat) -> Tokens:
         """A whole conversation. The assistant's turns are trained up to their end token, but those of weight 0."""
@@ -102,6 +106,7 @@ class Renderer:
                 add_special_tokens=False,
                 return_offsets_mapping=True,
                 return_attention_mask=False,
+                verbose=False,  # rows that are too long are cut, and said to be, by who asks
             )
             for (chat, row), ids, offsets in zip(part, found["input_ids"], found["offset_mapping"], strict=True):
                 out.append(_tokens(chat, row, ids, offsets))
@@ -122,8 +127,8 @@ class Renderer:
             )
         out = []
         for part in _chunks(texts):
-            found = self.tokenizer([text.text for text in part], return_attention_mask=False)["input_ids"]
-            for text, ids in zip(part, found, strict=True):
+            found = self.tokenizer([text.text for text in part], return_attention_mask=False, verbose=False)
+            for text, ids in zip(part, found["input_ids"], strict=True):
                 if not ids or ids[-1] != end:
                     ids.append(end)
                 spans = ((0, len(ids), "text"),)

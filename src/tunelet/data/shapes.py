@@ -6,6 +6,7 @@ Not for deciding which format a row has: formats.py does that and calls this.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,6 +33,13 @@ class Bad(Exception):
     def __init__(self, kind: str, message: str, fix: str = ""):
         self.kind, self.fix = kind, fix
         super().__init__(message)
+
+
+def columns_fix(**columns: str) -> str:
+    """The flags, and the recipe's line, that say which column plays which role: columns_fix(prompt="Q")."""
+    flags = " ".join(f"--column {role}={shlex.quote(column)}" for role, column in columns.items())
+    table = ", ".join(f"{role} = {json.dumps(column, ensure_ascii=False)}" for role, column in columns.items())
+    return f"{flags} (in a recipe: columns = {{{table}}})"
 
 
 def text_of(value: Any, where: str) -> str:

@@ -10,10 +10,13 @@ import io
 import re
 from collections.abc import Iterator
 
+from tunelet.data import detect
 from tunelet.data.decode import STRAY_BYTE, Item, Note, wrong_encoding
 from tunelet.data.examples import Finding, Origin
 
 SEPARATOR = "<|endoftext|>"
+# Names that stand in a header only; a table with one of them may call other columns 1, 2, 3.
+KNOWN = {*detect.LISTS, *detect.TEXTS, *detect.PROMPT_LIKE, "answer", "output", "response", "completion", "label"}
 # A cell of a real table may be a whole document; the csv module refuses more than 131,072 characters unless told.
 csv.field_size_limit(2**31 - 1)
 
@@ -96,8 +99,7 @@ def _header(origin: Origin, cells: list[str], delimiter: str) -> tuple[list[str]
                 )
             )
         )
-    elif any(len(name) > 64 or name.replace(".", "").isdigit() for name in names):
-        # A name that is a number or a whole sentence is data: the first row was taken for a header.
+    elif not KNOWN.intersection(map(str.lower, names)) and any(map(_looks_like_data, names)):
         notes.append(
             Note(
                 Finding(
@@ -110,6 +112,11 @@ def _header(origin: Origin, cells: list[str], delimiter: str) -> tuple[list[str]
             )
         )
     return names, notes
+
+
+def _looks_like_data(name: str) -> bool:
+    """A number or a whole sentence is no name of a column: the first row was taken for a header."""
+    return len(name) > 64 or name.replace(".", "").isdigit() or bool(re.search(r"\s\S*[.?!]$", name))
 
 
 def _cells(origin: Origin, header: list[str], cells: list[str], delimiter: str, last_line: int) -> Item:

@@ -81,7 +81,7 @@ def answer_file(
 
 
 def _ids(engine: Any, messages: list[Message], raw: bool) -> list[int]:
-    return engine.tokenizer(messages[-1].content)["input_ids"] if raw else engine.renderer.prompt(messages)
+    return engine.renderer.raw(messages[-1].content) if raw else engine.renderer.prompt(messages)
 
 
 def read_prompts(path: Path, system: str = "") -> list[tuple[dict[str, Any], list[Message]]]:

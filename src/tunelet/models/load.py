@@ -25,19 +25,20 @@ WANTED = [
 ]  # of a hub repository: no pickles, no other frameworks' weights
 
 
-def resolve(path: str | Path) -> Path:
+def resolve(path: str | Path, *, weights_too: bool = True) -> Path:
     """The folder that `path` means: "starter", a folder, a run (its model/ or adapter/), or a hub id.
 
-    An existing path is never taken for a hub id. Raises TuneletError, at once where the hub cannot be asked.
+    Without `weights_too` a folder may hold a tokenizer alone. An existing path is never taken for a hub id.
+    Raises TuneletError, at once where the hub cannot be asked.
     """
     name = str(path)
     if name == "starter":
         from tunelet import starter
 
-        return _checked(Path(starter.BASE), name)
+        return _checked(Path(starter.BASE), name, weights_too)
     folder = Path(path)
     if name and folder.exists():
-        return _checked(_of_run(folder), name)
+        return _checked(_of_run(folder), name, weights_too)
     if not HUB_ID.fullmatch(name):
         why = "there is no such folder" + ("" if name else ": the name is empty")
         raise TuneletError(
@@ -63,14 +64,14 @@ def _of_run(folder: Path) -> Path:
     return model
 
 
-def _checked(folder: Path, name: str) -> Path:
+def _checked(folder: Path, name: str, weights_too: bool) -> Path:
     if not folder.is_dir():
         raise TuneletError(
             f"The model '{name}' is not a folder.",
             why="a model is a folder with config.json, model.safetensors and tokenizer.json",
             fix=f"Give the folder: {folder.parent}",
         )
-    if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
+    if weights_too and not any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
         raise TuneletError(
             f"The folder {folder} holds no model.",
             why="there is neither config.json nor adapter_config.json in it",

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunelet.data import formats
+from tunelet.data import formats, listing
 from tunelet.data.doctor_tokens import cut, truncation
 from tunelet.data.examples import Chat, Example, Finding, Text, Tokens
 from tunelet.errors import TuneletError
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
     from tunelet.data.render import Renderer
 
-SHOWN = 20  # findings that an error lists one by one; the rest is counted
-SAME = 3  # rows that are listed with one and the same message
 KEPT = 200  # findings that data.json keeps in full
 
 
@@ -77,7 +76,7 @@ def prepare(recipe: Recipe, folder: Path | None = None) -> Prepared:
     else:
         train_rows, lost, said = _tokens(renderer, examples, data.max_length)
         eval_rows, _, said_too = _tokens(renderer, eval_examples, data.max_length)
-        findings += said + said_too
+        findings += [*said, *said_too, *renderer.findings()]
         from tunelet.data import doctor
 
         findings += doctor.check(examples)
@@ -90,7 +89,10 @@ def prepare(recipe: Recipe, folder: Path | None = None) -> Prepared:
         "eval": {"how": how, "rows": len(eval_rows), **_sizes(eval_rows), **({"sha256": held.sha256} if held else {})},
         "max_length": data.max_length,
         "findings": summary(findings),
-        "first_findings": [f"{f.severity}: {f.kind}: {f}" for f in _worst_first(findings)[:KEPT]],
+        "first_findings": [
+            f"{f.severity}: {f.kind}: {f}"
+            for f in sorted(findings, key=lambda f: listing.SEVERITIES.index(f.severity))[:KEPT]
+        ],
     }
     return Prepared(tokenizer, renderer, train_rows, eval_rows, report, findings, examples, eval_examples)
 
@@ -263,35 +265,6 @@ def summary(findings: Sequence[Finding]) -> dict[str, dict[str, int]]:
     return out
 
 
-def _worst_first(findings: Sequence[Finding]) -> list[Finding]:
-    return sorted(findings, key=lambda finding: ("error", "warning", "info").index(finding.severity))
-
-
-def listing(findings: Sequence[Finding], shown: int = SHOWN) -> str:
-    """Findings by kind, most frequent first, the first rows of each with file and row; the rest counted."""
-    kinds: dict[str, list[Finding]] = {}
-    for finding in findings:
-        kinds.setdefault(finding.kind, []).append(finding)
-    lines = []
-    ordered = sorted(kinds.items(), key=lambda item: -len(item[1]))
-    left = shown
-    for place, (kind, group) in enumerate(ordered):
-        fixes = Counter(finding.fix for finding in group if finding.fix)
-        mend = f"; {fixes.most_common(1)[0][0]}" if fixes else ""
-        lines.append(f"  {kind}, {len(group)} finding{'s' if len(group) != 1 else ''}{mend}")
-        share = max(1, left // (len(ordered) - place))  # what one kind leaves over, the next ones may use
-        said: Counter[str] = Counter()
-        taken = 0
-        for finding in group:
-            said[finding.message] += 1
-            if taken < share and left > 0 and said[finding.message] <= SAME:
-                lines.append(f"    {finding.origin or '-'}: {finding.message}")
-                taken, left = taken + 1, left - 1
-        if len(group) > taken:
-            lines.append(f"    and {len(group) - taken} more")
-    return "\n".join(lines)
-
-
 def _stop(findings: Sequence[Finding], rows_in: int, recipe: Recipe, nothing_left: bool) -> TuneletError:
     """The one error that lists everything; its last line says what to do."""
     errors = [finding for finding in findings if finding.severity == "error"]
@@ -310,7 +283,9 @@ def _stop(findings: Sequence[Finding], rows_in: int, recipe: Recipe, nothing_lef
         fix = f"{common[0][0]}; or look at what each row has: {mend}" if common else mend
     else:
         fix = f"{mend} writes a file without them; --set data.bad_rows=drop trains without them"
-    return TuneletError(what, why="\n" + listing(errors), fix=fix)
+    return TuneletError(
+        what, why="\n" + textwrap.indent("\n".join(line for _, line in listing.lines(errors)), "  "), fix=fix
+    )
 
 
 def _sizes(rows: Sequence[Tokens]) -> dict[str, int]:
