@@ -29,7 +29,7 @@ def model():
 def forecast(folder, model, total, **train):
     recipe = Recipe.model_validate({"model": {"path": ""}, "train": {"batch_size": 2, **train}})
     run = Run.open_or_create(folder, recipe)[0]
-    return Forecast(recipe, run, model, [Row(10), Row(30)] * 10, CPU, total), run
+    return Forecast(recipe, run, model, [Row(10), Row(30)] * 10, CPU, total, "bfloat16"), run
 
 
 def test_seconds_follow_tokens_steps_and_evaluations(tmp_path, model):

@@ -104,9 +104,11 @@ def train(
     eval_rows: Sequence[Tokens],
     choice: device.Choice,
     console: Any,
+    stored_dtype: str | None = None,
 ) -> Trained:
     """Train `model` in place on `train_rows`; on return its weights are the final (with early stopping: the best) ones.
 
+    stored_dtype: what the caller will store them in (None: as they are), for the prediction of the disk's use.
     Goes on from the run's newest checkpoint where there is one. Raises Interrupted after Ctrl-C (a checkpoint is
     saved), TuneletError where the loss is no longer a number or the disk fails; the last checkpoint then stays whole.
     """
@@ -150,7 +152,7 @@ def train(
     with (
         progress.stop_signals() as stop,
         progress.bar(console, total, now.step) as bar,
-        plan.Forecast(recipe, run, model, train_rows, choice, total) as forecast,
+        plan.Forecast(recipe, run, model, train_rows, choice, total, stored_dtype) as forecast,
     ):
         if now.step == 0 and eval_rows:
             started = time.perf_counter()

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from tunelet.data.examples import Tokens
-from tunelet.models import device, save
+from tunelet.models import device
 from tunelet.recipe import Recipe
 from tunelet.runs.record import Run
 from tunelet.train import energy
@@ -24,16 +25,24 @@ STEPS = 5  # after so many steps it is told, or before the last one; the first, 
 CHECKPOINT_BYTES = 12  # for each trained parameter: fp32 weight and two moments
 
 
+@dataclass
 class Forecast:
     """`with Forecast(...) as forecast:` around the steps, `forecast.step(...)` after each. Writes plan.json once; a run
     that goes on keeps the prediction it has."""
 
-    def __init__(self, recipe: Recipe, run: Run, model: Any, rows: Sequence[Tokens], choice: device.Choice, total: int):
-        self.recipe, self.run, self.model, self.rows, self.choice, self.total = recipe, run, model, rows, choice, total
-        self.open = run.read_json("plan.json", {}).get("predicted") is None
+    recipe: Recipe
+    run: Run
+    model: Any
+    rows: Sequence[Tokens]
+    choice: device.Choice
+    total: int
+    stored_dtype: str | None  # None: an adapter, as it is
+    evaluation: float = 0.0  # seconds of one held-out evaluation; 0: none
+
+    def __post_init__(self):
         self.paces: list[float] = []  # seconds for each token, step by step
-        self.evaluation = 0.0  # seconds of one held-out evaluation; 0: none
-        self.meter = energy.Meter(choice.device, counters=None if self.open else {})
+        self.open = self.run.read_json("plan.json", {}).get("predicted") is None
+        self.meter = energy.Meter(self.choice.device, counters=None if self.open else {})
 
     def __enter__(self) -> Forecast:
         self.meter.__enter__()
@@ -70,8 +79,7 @@ class Forecast:
         self.open = False
 
     def _disk_mb(self) -> float:
-        settings = self.recipe.train
-        dtype = save.dtype_of(self.model, self.recipe.model.path, self.choice.dtype)
+        settings, dtype = self.recipe.train, self.stored_dtype
         trained = [p for p in self.model.parameters() if p.requires_grad]
         stored = trained if dtype is None else list(self.model.parameters())
         size = sum(p.numel() * (p.element_size() if dtype is None else getattr(torch, dtype).itemsize) for p in stored)

@@ -177,6 +177,7 @@ def train_and_save(recipe: Recipe, run: Run, prepared: Prepared, model: Any, cho
     if model is None:
         with energy.metered(run, "loading", choice.device):
             model = load_for_training(recipe, prepared, choice)
+    dtype = save.dtype_of(model, recipe.model.path, choice.dtype)
     with energy.metered(run, "training", choice.device):
         trained = loop.train(
             recipe,
@@ -187,9 +188,10 @@ def train_and_save(recipe: Recipe, run: Run, prepared: Prepared, model: Any, cho
             eval_rows=prepared.eval_rows,
             choice=choice,
             console=console,
+            stored_dtype=dtype,
         )
         with run.folder_in_the_making("adapter" if hasattr(model, "peft_config") else "model") as folder:
-            save.save(model, prepared.tokenizer, folder, save.dtype_of(model, recipe.model.path, choice.dtype))
+            save.save(model, prepared.tokenizer, folder, dtype)
     energy.fill_in(run, "training", trained.seconds)
     spent = run.read_json("energy.json")["parts"]["training"]["energy_wh"]
     run.actual({"seconds": trained.seconds, "peak_mb": trained.peak_mb, "disk_mb": run.disk_mb(), "energy_wh": spent})
