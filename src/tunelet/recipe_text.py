@@ -36,8 +36,9 @@ def resolved(recipe: Recipe, origins: Mapping[str, str]) -> str:
 def commented(given: Mapping[str, Any]) -> str:
     """A starting recipe: the `given` dotted keys set, every other key commented out, with default and meaning."""
     lines = [
-        "# A recipe for tunelet. A line that starts with '#' shows a key, its default and what it means;",
-        "# take the '#' away to change it. Try it with: tunelet recipe show FILE",
+        "# A recipe for tunelet. A line that starts with '#' shows a key, its default and",
+        "# what it means; take the '#' away to change it.",
+        "# Try it with: tunelet recipe show FILE",
     ]
     section = ""
     for key, info in fields().items():
@@ -49,7 +50,7 @@ def commented(given: Mapping[str, Any]) -> str:
         choices = get_args(info.annotation) if get_origin(info.annotation) is not None else ()
         choice = " | ".join(map(str, choices)) if choices and all(isinstance(c, str) for c in choices) else ""
         meaning = "; ".join(part for part in (choice, info.description or "") if part)
-        lines += [f"# {line}" for line in textwrap.wrap(meaning, 110)]
+        lines += [f"# {line}" for line in textwrap.wrap(meaning, 76)]
         if key in given:
             lines.append(f"{leaf} = {inline(given[key])}")
         else:

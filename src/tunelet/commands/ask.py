@@ -20,11 +20,13 @@ if TYPE_CHECKING:
 RunOrModel = Annotated[
     str, typer.Argument(metavar="RUN_OR_MODEL", help="A run's folder, starter, a model folder or a hub id.")
 ]
-MaxNew = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
-Temperature = Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")]
-TopP = Annotated[float, typer.Option(min=0, max=1, help="Sample among the likeliest tokens of this total probability.")]
-TopK = Annotated[int, typer.Option(min=0, help="Sample among so many tokens; 0: all.")]
-Seed = Annotated[int, typer.Option(min=0)]
+MaxNew = Annotated[int, typer.Option(min=1, metavar="N", help="Longest answer, in tokens.")]
+Temperature = Annotated[float, typer.Option(min=0, metavar="X", help="0 always takes the likeliest token.")]
+TopP = Annotated[
+    float, typer.Option(min=0, max=1, metavar="X", help="Sample among the likeliest tokens of this total probability.")
+]
+TopK = Annotated[int, typer.Option(min=0, metavar="N", help="Sample among so many tokens; 0: all.")]
+Seed = Annotated[int, typer.Option(min=0, metavar="N", help="Of the sampling; the same gives the same answers.")]
 Raw = Annotated[bool, typer.Option("--raw", help="No chat template: go on with the text as it stands.")]
 
 HELP = "/reset forgets the conversation, /system TEXT sets the system message, /save FILE writes it down, /quit ends."
@@ -35,7 +37,7 @@ def chat(
     prompt: Annotated[
         str | None, typer.Option("--prompt", metavar="TEXT", help="Ask once, print the answer, end.")
     ] = None,
-    system: Annotated[str, typer.Option(help="System message.")] = "",
+    system: Annotated[str, typer.Option(metavar="TEXT", help="System message.")] = "",
     max_new_tokens: MaxNew = 256,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -172,13 +174,13 @@ def generate(
         typer.Option("--prompts", metavar="FILE", help="Text: a prompt a line. JSONL: rows with prompt or messages."),
     ],
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The JSONL file to write, in the prompts' order.")],
-    system: Annotated[str, typer.Option(help="System message for prompts without one.")] = "",
+    system: Annotated[str, typer.Option(metavar="TEXT", help="System message for prompts without one.")] = "",
     max_new_tokens: MaxNew = 256,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     top_k: TopK = 0,
     seed: Seed = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered at the same time.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Prompts answered at the same time.")] = 32,
     raw: Raw = False,
     template: Template = None,
     device: Device = "auto",

@@ -40,8 +40,8 @@ Data = Annotated[
     typer.Option("--data", metavar="D", help="starter, a file, a folder or a hub id. Repeat for more."),
 ]
 Adapter = Annotated[str | None, typer.Option("--adapter", metavar="KIND", help="none or lora.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32 or bfloat16.")]
+Device = Annotated[str, typer.Option(metavar="D", help="auto, cpu, cuda or mps.")]
+Dtype = Annotated[str, typer.Option(metavar="D", help="auto, float32 or bfloat16.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
 Template = Annotated[
     str | None,
@@ -61,6 +61,21 @@ def open_console(json_to: str | None = None) -> Console:
 
     check_json(json_to)
     return Console(stderr=json_to == "-", soft_wrap=True, highlight=False)
+
+
+def print_wrapped(console: Console, line: str, style: str = "") -> None:
+    """A line of prose: wrapped between words under its own indent in a terminal, left whole in a pipe or file."""
+    from rich.padding import Padding
+    from rich.text import Text
+
+    if not console.is_terminal:
+        console.print(line, style=style, markup=False)
+        return
+    text = Text(line.lstrip(), style)
+    first = len(line) - len(text.plain)
+    wrapped = text.wrap(console, max(20, console.width - first - 2))
+    for number, part in enumerate(wrapped):
+        console.print(Padding(part, (0, 0, 0, first + (2 if number else 0))), soft_wrap=False)
 
 
 def check_json(json_to: str | None) -> None:

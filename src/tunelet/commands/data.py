@@ -17,6 +17,7 @@ from tunelet.commands.common import (
     free_file,
     open_console,
     open_tokenizer,
+    print_wrapped,
     write_json,
 )
 from tunelet.errors import TuneletError
@@ -33,16 +34,20 @@ app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Convert, check and look at data: convert, doctor, render, mask."
 )
 
-Sources = Annotated[list[str], typer.Argument(metavar="SOURCE...", help="starter, files, folders or hub ids.")]
+Sources = Annotated[list[str], typer.Argument(metavar="SOURCE", help="starter, files, folders or hub ids.")]
 Source = Annotated[str, typer.Argument(metavar="SOURCE", help="starter, a file, a folder or a hub id.")]
-Want = Annotated[str, typer.Option(help="What rows should become: chat, text, preference or labelled.")]
-Format = Annotated[str, typer.Option(help="auto detects the format of every row; a name insists on one.")]
-System = Annotated[str, typer.Option(help="System message for conversations without one.")]
-Limit = Annotated[int, typer.Option(min=0, help="Use the first so many rows; 0: all.")]
+Want = Annotated[str, typer.Option(metavar="KIND", help="What rows should become: chat, text, preference or labelled.")]
+Format = Annotated[
+    str, typer.Option(metavar="NAME", help="auto detects the format of every row; a name insists on one.")
+]
+System = Annotated[str, typer.Option(metavar="TEXT", help="System message for conversations without one.")]
+Limit = Annotated[int, typer.Option(min=0, metavar="N", help="Use the first so many rows; 0: all.")]
 ModelOf = Annotated[
     str, typer.Option("--model", metavar="M", help="Whose tokenizer and template: starter, a folder, a hub id, a run.")
 ]
-RowNumber = Annotated[int, typer.Option("--row", min=1, help="Which row: its line in the file, or its number.")]
+RowNumber = Annotated[
+    int, typer.Option("--row", metavar="N", min=1, help="Which row: its line in the file, or its number.")
+]
 
 
 def _load(
@@ -98,7 +103,7 @@ def doctor(
         str | None, typer.Option("--model", metavar="M", help="Also check with this model's tokenizer and template.")
     ] = None,
     template: Template = None,
-    max_length: Annotated[int, typer.Option(min=0, help="Tokens a row may have; 0: not checked.")] = 0,
+    max_length: Annotated[int, typer.Option(min=0, metavar="N", help="Tokens a row may have; 0: not checked.")] = 0,
     want: Want = "chat",
     format: Format = "auto",
     columns: Columns = None,
@@ -128,7 +133,8 @@ def doctor(
     if fix is not None:
         mended, notes = checks.fix(loaded.examples, findings, renderer, max_length)
         write_jsonl(mended, fix)
-        _print_findings(notes, console)
+        for note in notes:
+            print_wrapped(console, f"  {note.message}")
         console.print(f"Wrote {fix}: {len(mended)} rows", markup=False)
         figures |= {"fixed": str(fix), "rows_out": len(mended), "mended": [finding_row(note) for note in notes]}
     write_json(figures, json_to)
@@ -168,6 +174,7 @@ def render(
         console.print(
             " ".join(f"{token}:{piece!r}" for token, piece in zip(ids, pieces, strict=True)), style="dim", markup=False
         )
+    _print_findings(renderer.findings(), console)
     write_json({"row": str(example.origin), "text": text, "ids": [int(i) for i in ids], "tokens": pieces}, json_to)
 
 
@@ -197,6 +204,7 @@ def mask(
     if json_to != "-":
         console.print(show.summary(tokens) + " (in [[ ]])\n", style="bold", markup=False)
         console.print(show.terminal(tokens, tokenizer, ids=ids))
+    _print_findings(renderer.findings(), console)
     if html is not None:
         from tunelet.runs.files import write_atomically
 
@@ -251,4 +259,4 @@ def _print_findings(findings: list[Finding], console: Console) -> None:
 
     styles = {"error": "bold red", "warning": "yellow", "info": "cyan", "fix": "dim"}
     for kind, line in listing.lines(findings, SHOWN):
-        console.print(line, style=styles.get(kind), markup=False)
+        print_wrapped(console, line, styles.get(kind, ""))

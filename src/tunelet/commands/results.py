@@ -47,13 +47,17 @@ def evaluate(
     data: Annotated[
         list[str] | None, typer.Option("--data", metavar="D", help="held_out: rows kept from training.")
     ] = None,
-    want: Annotated[str, typer.Option(help="held_out: rows are chat or text.")] = "chat",
-    items: Annotated[int, typer.Option(min=1, help="starter: held-out commands in each language.")] = 500,
-    limit: Annotated[int, typer.Option(min=0, help="held_out: the first so many rows; 0: all.")] = 200,
-    max_length: Annotated[int, typer.Option(min=8, help="held_out: tokens of a row; longer ones are cut.")] = 1024,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered at the same time.")] = 64,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
-    seed: Annotated[int, typer.Option(min=0, help="Which held-out commands of the starter are asked.")] = 0,
+    want: Annotated[str, typer.Option(metavar="KIND", help="held_out: rows are chat or text.")] = "chat",
+    items: Annotated[int, typer.Option(min=1, metavar="N", help="starter: held-out commands in each language.")] = 500,
+    limit: Annotated[int, typer.Option(min=0, metavar="N", help="held_out: the first so many rows; 0: all.")] = 200,
+    max_length: Annotated[
+        int, typer.Option(min=8, metavar="N", help="held_out: tokens of a row; longer ones are cut.")
+    ] = 1024,
+    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Prompts answered at the same time.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Longest answer, in tokens.")] = 128,
+    seed: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Which held-out commands of the starter are asked.")
+    ] = 0,
     columns: Columns = None,
     template: Template = None,
     device: Device = "auto",

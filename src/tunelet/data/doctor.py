@@ -91,11 +91,15 @@ def fix(
             kept.append(result[0])
         rows = kept
     notes = [
-        Finding(kind, "info", f"{kind}, {count} rows: {MENDS[kind][1]}") for kind, count in sorted(changed.items())
+        Finding(kind, "info", f"{kind}, {_rows(count)}: {MENDS[kind][1]}") for kind, count in sorted(changed.items())
     ]
     for kind, count in sorted(dropped.items()):
         because = DROPS.get(kind, "it could not be mended")
-        notes.append(Finding(kind, "info", f"{kind}, {count} rows dropped: {because}"))
+        notes.append(Finding(kind, "info", f"{kind}, {_rows(count)} dropped: {because}"))
     for kind, count in sorted(lost.items()):
-        notes.append(Finding(kind, "info", f"{kind}, {count} rows left out: they cannot be used as they are"))
+        notes.append(Finding(kind, "info", f"{kind}, {_rows(count)} left out: not usable"))
     return rows, notes
+
+
+def _rows(count: int) -> str:
+    return f"{count} row{'s' if count != 1 else ''}"

@@ -42,11 +42,11 @@ def truncation(row: Tokens, short: Tokens, length: int) -> Finding | None:
             row.origin,
             f"raise data.max_length (this row: {len(row.ids)}), or shorten the prompt",
         )
-    if short.trained < row.trained:
+    if lost := row.trained - short.trained:
         return Finding(
             "cut_short",
             "warning",
-            f"{row.trained - short.trained} of {row.trained} trained tokens lie beyond token {length}, its end too",
+            f"{lost} of {row.trained} trained tokens lie beyond token {length}, the end token too",
             row.origin,
             f"raise data.max_length (this row: {len(row.ids)}), or split the row",
         )
@@ -109,7 +109,7 @@ def look(examples: Sequence[Example], renderer: Renderer, max_length: int = 0) -
                     ),
                 )
             )
-    return out
+    return out + [(-1, finding) for finding in renderer.findings()]
 
 
 def _stops(row: Tokens, ends: set[int]) -> bool:

@@ -67,7 +67,11 @@ def _broken(origin: Origin, error: Exception, text: str) -> Finding:
     elif error.msg.startswith("Invalid control character"):
         fix = "write line breaks and tabs inside strings as \\n and \\t"
     return Finding(
-        "broken_json", "error", f"not JSON: {error.msg} at character {error.pos + 1}, near '{near}'", origin, fix
+        "broken_json",
+        "error",
+        f"not JSON: {error.msg.removesuffix(' at')} at character {error.pos + 1}, near '{near}'",
+        origin,
+        fix,
     )
 
 

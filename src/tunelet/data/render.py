@@ -153,7 +153,7 @@ class Renderer:
                 "left_out",
                 "warning",
                 f"the chat template does not print the {what} of some messages with the role {role}",
-                fix="expected for the thinking of earlier turns; for others choose a template that prints it",
+                fix="choose a template that prints it (for the thinking of earlier turns this is expected)",
             )
             for role, what in sorted(left)
         ]

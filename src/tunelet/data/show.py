@@ -77,7 +77,7 @@ def terminal(row: Tokens, tokenizer: Any, *, ids: bool = False) -> RichText:
             numbers = " ".join(map(str, piece.ids))
             mark = "trained" if piece.trained else "-"
             style = "bold green" if piece.trained else STYLES.get(piece.role, "")
-            out.append(f"{piece.at:>5}  {numbers:>7}  {mark:<8} {piece.role:<10} {piece.text!r}\n", style)
+            out.append(f"{piece.at:>5}  {numbers:>12}  {mark:<8} {piece.role:<10} {piece.text!r}\n", style)
         return out
     for trained, stretch in _stretches(row, tokenizer):
         if trained:

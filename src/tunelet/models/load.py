@@ -35,6 +35,12 @@ def resolve(path: str | Path, *, weights_too: bool = True) -> Path:
     if name == "starter":
         from tunelet import starter
 
+        if not starter.BASE.is_dir():
+            raise TuneletError(
+                "The base model that ships with tunelet is not in this installation.",
+                why=f"there is no folder {starter.BASE}",
+                fix="Install tunelet again, or name another model: a folder, a run or a hub id.",
+            )
         return _checked(Path(starter.BASE), name, weights_too)
     folder = Path(path)
     if name and folder.exists():
