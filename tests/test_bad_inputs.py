@@ -225,7 +225,7 @@ def unknown_role(folder, model):
 def all_answers_truncated(folder, model):
     long = {"messages": [{"role": "user", "content": "word " * 200}, {"role": "assistant", "content": "yes"}]}
     data = jsonl(folder / "d.jsonl", [long] * 5)
-    return sft(folder, model, data, "d.jsonl, line 1", "max_length", sets=("data.max_length=32",))
+    return sft(folder, model, data, "d.jsonl, lines 1, 2, 3, 4, 5", "max_length", sets=("data.max_length=32",))
 
 
 @case
@@ -297,7 +297,7 @@ def an_unknown_kind_of_file(folder, model):
 @case
 def preference_rows_for_sft(folder, model):
     rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 9
-    return sft(folder, model, jsonl(folder / "d.jsonl", rows), "d.jsonl, line 1", "chosen")
+    return sft(folder, model, jsonl(folder / "d.jsonl", rows), "d.jsonl, lines 1, 2, 3, 4, 5 and 4 more", "chosen")
 
 
 @case

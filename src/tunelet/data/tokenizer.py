@@ -65,9 +65,10 @@ def read_template(value: str) -> str:
 def no_template(tokenizer: Any) -> TuneletError:
     """The error for conversations without a template; a base model with ChatML's tokens is told of the built-in one."""
     if has_chatml_tokens(tokenizer):
-        fix = "the tokenizer has ChatML's tokens: --set model.chat_template=chatml (or FILE, with a Jinja template)"
+        fix = "the tokenizer has ChatML's tokens: --set model.chat_template=chatml, or FILE with a Jinja template"
     else:
         fix = "--set model.chat_template=FILE, with the Jinja template of the model's instruct version"
+    fix += " (verbs that only look or ask: --template)"
     why = "base models come without one, and a conversation needs one to become text"
     return TuneletError("the tokenizer has no chat template", why=why, fix=fix)
 

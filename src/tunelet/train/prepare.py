@@ -280,7 +280,8 @@ def _stop(findings: Sequence[Finding], rows_in: int, recipe: Recipe, nothing_lef
         fix = f"--set data.max_length=N with a larger N (now {recipe.data.max_length})"
         fix += "" if nothing_left else ", or --set data.bad_rows=drop trains without these rows"
     elif nothing_left:
-        fix = f"{common[0][0]}; or look at what each row has: {mend}" if common else mend
+        look = f"tunelet data doctor {sources}"
+        fix = f"{common[0][0]}; or look at what each row has: {look}" if common else look
     else:
         fix = f"{mend} writes a file without them; --set data.bad_rows=drop trains without them"
     return TuneletError(
