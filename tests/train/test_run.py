@@ -65,6 +65,17 @@ def test_full_tuning_saves_in_the_dtype_that_came_in(tiny_model_folder, chats, t
     assert run.read_json("data.json")
 
 
+def test_a_tuned_model_stops_in_plain_transformers_and_its_files_can_be_read(tiny_model_folder, chats, tmp_path):
+    from transformers import AutoTokenizer, GenerationConfig
+
+    run = run_training(recipe(tiny_model_folder, chats), tmp_path / "run", console=QUIET)
+    tokenizer = AutoTokenizer.from_pretrained(run.folder / "model")
+    ends = GenerationConfig.from_pretrained(run.folder / "model").eos_token_id
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") in (ends if isinstance(ends, list) else [ends])
+    modes = {path.stat().st_mode for path in (run.folder / "model").iterdir()}
+    assert len(modes) == 1, "weights and configuration are readable by the same people"
+
+
 def test_a_plain_training_leaves_the_same_records_as_align(tiny_model_folder, chats, tmp_path):
     run = run_training(recipe(tiny_model_folder, chats), tmp_path / "run", console=QUIET)
     energy = run.read_json("energy.json")

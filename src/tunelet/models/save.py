@@ -6,15 +6,18 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 
-def save(model: Any, tokenizer: Any, folder: Path, dtype: str | None = None) -> None:
+def save(model: Any, tokenizer: Any, folder: Path, dtype: str | None = None, *, stop_ids: Sequence[int] = ()) -> None:
     """Write weights (safetensors), configuration, generation settings, tokenizer and chat template into `folder`.
 
     dtype: "float32", "bfloat16" or "float16", what the weights are stored in; None: as they are. Converts the model in
-    place. An adapter is written in peft's own format. Raises OSError where the disk fails.
+    place. An adapter is written in peft's own format. `stop_ids`: the tokens that end an answer in the chat template it
+    was tuned on; they go to generation_config.json, so that transformers' own `generate` stops there too. Raises
+    OSError where the disk fails.
     """
     import torch
     from safetensors import SafetensorError
@@ -24,6 +27,9 @@ def save(model: Any, tokenizer: Any, folder: Path, dtype: str | None = None) -> 
     folder.mkdir(parents=True, exist_ok=True)
     if dtype is not None and not hasattr(model, "peft_config"):
         model = model.to(getattr(torch, dtype))
+    settings = getattr(model, "generation_config", None)
+    if stop_ids and settings is not None:
+        settings.eos_token_id = list(stop_ids) if len(stop_ids) > 1 else stop_ids[0]
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -33,6 +39,10 @@ def save(model: Any, tokenizer: Any, folder: Path, dtype: str | None = None) -> 
     finally:
         if bars:
             logging.enable_progress_bar()
+    # safetensors leaves its files readable by their owner alone; they get the mode of the files beside them
+    mode = next(folder.glob("*config.json")).stat().st_mode
+    for weights in folder.glob("*.safetensors"):
+        weights.chmod(mode)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
         path = folder / "tokenizer_config.json"

@@ -191,7 +191,8 @@ def train_and_save(recipe: Recipe, run: Run, prepared: Prepared, model: Any, cho
             stored_dtype=dtype,
         )
         with run.folder_in_the_making("adapter" if hasattr(model, "peft_config") else "model") as folder:
-            save.save(model, prepared.tokenizer, folder, dtype)
+            stops = prepared.renderer.stop_ids if recipe.method != "pretrain" else ()
+            save.save(model, prepared.tokenizer, folder, dtype, stop_ids=stops)
     energy.fill_in(run, "training", trained.seconds)
     spent = run.read_json("energy.json")["parts"]["training"]["energy_wh"]
     run.actual({"seconds": trained.seconds, "peak_mb": trained.peak_mb, "disk_mb": run.disk_mb(), "energy_wh": spent})
