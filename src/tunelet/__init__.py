@@ -11,6 +11,6 @@ __version__ = "0.1.0"
 # ours asks for it: so it is set here, which every verb and every caller passes first.
 if "torch" not in sys.modules:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # oneDNN keeps the last 1,024 matrix products it compiled, and rows of changing length make new shapes at every step:
-    # 60 steps of the demo held 1,726 MB with 1,024 of them and 1,460 MB with 128, at the same speed.
+    # oneDNN keeps the last 1,024 matrix products it compiled, and rows of changing length make new shapes at every
+    # step: 60 steps of the demo held 1,726 MB with 1,024 of them and 1,460 MB with 128, at the same speed.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")

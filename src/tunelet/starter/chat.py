@@ -104,7 +104,7 @@ MAKERS: dict[str, Callable[[Random, str, str], Item]] = {
     "command": command_item, "unsupported": unsupported_item, "state": state_item, "format": format_item,
     "talk": talk_item,
 }  # fmt: skip
-SHARES = {"command": 0.70, "unsupported": 0.16, "state": 0.08, "format": 0.03, "talk": 0.03}
+SHARES = {"command": 0.68, "unsupported": 0.18, "state": 0.08, "format": 0.03, "talk": 0.03}
 
 
 def chats(rng: Random, split: str, languages: tuple[str, ...]) -> Iterator[Item]:
