@@ -2,8 +2,7 @@
 align` does.
 
 Not the training (train/) and not how anything is measured (evals/). Every stage leaves its result in the run folder
-and is
-not done again: the same command after a crash goes on where it was.
+and is not done again: the same command after a crash goes on where it was.
 """
 
 from __future__ import annotations

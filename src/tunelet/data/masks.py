@@ -37,7 +37,7 @@ Segment = tuple[int, int, int]  # (start, end, message number; -1: printed for n
 TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 MARK = re.compile(r"Zq(\d+)([ct]|a\d+)qZ")  # message number and field; of tool calls each has its own
 FIELDS = {"c": "content", "t": "thinking", "a": "tool calls"}
-CHOOSE = "choose another template: --set model.chat_template=FILE (or chatml)"
+CHOOSE = "choose another template: --set model.chat_template=FILE (for the data verbs: --template FILE)"
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,9 +2,8 @@
 other engine.
 
 Not for templates (data/render.py) and not for scoring (evals/). Exactness: greedy fp32 gives transformers' own ids;
-what shares the
-batch with a prompt changes its logits by rounding only (other GEMM shapes), so equal up to exact ties in fp32, a
-little less in bf16.
+what shares the batch with a prompt changes its logits by rounding only (other GEMM shapes), so equal up to exact ties
+in fp32, a little less in bf16.
 """
 
 from __future__ import annotations
@@ -12,14 +11,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tunelet.errors import TuneletError
 from tunelet.infer.sampling import Sampler, Sampling
 from tunelet.infer.text import TextStream
-
-if TYPE_CHECKING:
-    pass
 
 CACHE_MB = 1024  # rows of a batch are cut so that its KV cache stays below this
 
@@ -27,8 +23,7 @@ CACHE_MB = 1024  # rows of a batch are cut so that its KV cache stays below this
 @dataclass(frozen=True, slots=True)
 class Completion:
     """What a prompt was answered. `ids` hold no stop token. `finish`: "stop" (a stop token came), "length"
-    (max_new_tokens),
-    "context" (the model reads no further)."""
+    (max_new_tokens), "context" (the model reads no further)."""
 
     text: str
     ids: tuple[int, ...]
@@ -70,9 +65,8 @@ class TorchEngine:
         """One completion per prompt (lists of token ids), in their order. temperature 0 is greedy.
 
         Prompts are answered in batches of about equal length, at most `batch_size` rows; a row that stops leaves its
-        batch. Sampling draws
-        from (seed, index of the prompt), whatever the batch. `progress` is called with the number of prompts
-        finished so far.
+        batch. Sampling draws from (seed, index of the prompt), whatever the batch. `progress` is called with the
+        number of prompts finished so far.
         Raises TuneletError where a prompt is empty or longer than the model reads.
         """
         sampling = Sampling(temperature, top_p, top_k, repetition_penalty, seed)
