@@ -1,0 +1,1 @@
+"""Benchmarks of tunelet beside its peers: `python -m benchmarks --help`. Nothing in the package imports this."""

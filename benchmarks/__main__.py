@@ -1,0 +1,66 @@
+"""The command `python -m benchmarks VERB`: options and exit codes (0 done, 2 a user's mistake, 130 interrupted)."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from benchmarks import process, rows, shapes, train
+from tunelet.errors import TuneletError
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="python -m benchmarks", description="tunelet beside its peers, measured.")
+    verbs = top.add_subparsers(dest="verb", required=True)
+    t = verbs.add_parser("train", help="the training step beside a peer's, in turns on the same rows")
+    t.add_argument(
+        "--method", choices=train.METHODS, default="sft", help="lora: sft of a rank-16 adapter on all layers"
+    )
+    t.add_argument("--peer", choices=sorted(train.PEERS), help="default: tunelet alone")
+    t.add_argument("--rows", choices=sorted(rows.KINDS), default="long", help="lengths of rows: see benchmarks/rows.py")
+    t.add_argument("--shape", choices=list(shapes.SHAPES), default="135M")
+    t.add_argument("--pairs", type=_positive, default=5)
+    t.add_argument("--steps", type=_positive, default=3, help="timed optimizer steps of each contestant in each pair")
+    t.add_argument("--warm", type=_positive, default=1, help="steps before the clock starts")
+    t.add_argument("--only", action="append", default=[], metavar="CONTESTANT", help="leave the others out")
+    _common(t)
+    t.add_argument("--peer-set", action="append", default=[], metavar="KEY=JSON", help="a setting of the peer's config")
+    t.set_defaults(run=train.run)
+    return top
+
+
+def _common(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--batch-size", type=_positive, default=8, help="rows of an optimizer step")
+    verb.add_argument("--threads", type=_positive, default=1)
+    verb.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    verb.add_argument("--seed", type=int, default=0)
+    verb.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a recipe key for tunelet")
+    verb.add_argument("--json", metavar="FILE", help="write the results here")
+    verb.add_argument("--scratch", metavar="FOLDER", help=f"for checkpoints and logs; default {process.SCRATCH}")
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of at least 1")
+    return int(text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parser().parse_args(argv)
+    try:
+        return options.run(options)
+    except TuneletError as error:
+        process.show(str(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        kept = (
+            f"; the pairs that were done are in {options.json}" if options.json and os.path.exists(options.json) else ""
+        )
+        process.show(f"interrupted{kept}")
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
