@@ -29,6 +29,9 @@ class ModelSection(Section):
         "auto", description="compute dtype; auto: bfloat16 where the hardware multiplies it"
     )
     threads: int = Field(0, ge=0, description="CPU threads; 0: all physical cores this process may use")
+    quantization: Literal["none", "int8", "int4"] = Field(
+        "none", description="frozen weights under an adapter: int8 takes half of bfloat16's memory, int4 a quarter"
+    )
     trust_remote_code: bool = Field(
         False, description="run Python code that comes with the model; only for makers you trust"
     )
@@ -71,6 +74,20 @@ class DataSection(Section):
 class TrainSection(Section):
     batch_size: int = Field(8, ge=1, description="rows in one forward and backward")
     gradient_accumulation: int = Field(1, ge=1, description="forwards and backwards in one optimizer step")
+    tokens_per_batch: int = Field(
+        0, ge=0, description="a forward and backward with more tokens is cut, with the same result; 0: chosen"
+    )
+    gradient_checkpointing: Literal["auto", "on", "off"] = Field(
+        "auto", description="on: compute activations again in the backward instead of keeping them; auto: if need be"
+    )
+    optimizer_state: Literal["auto", "float32", "bfloat16", "float8"] = Field(
+        "auto",
+        description="float32: 12 bytes a trained parameter; bfloat16 (4) and float8 (2) round stochastically and keep "
+        "no float32 copy of the weights; auto: float32 if it fits",
+    )
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto", description="torch.compile of the layers; auto: where the run is long enough to repay it"
+    )
     max_steps: int = Field(0, ge=0, description="optimizer steps; 0: as many as epochs needs")
     epochs: float = Field(1.0, gt=0, description="passes over the training rows, where max_steps is 0")
     learning_rate: float = Field(0.0, ge=0, description="peak; 0: the method's known-good default")

@@ -21,8 +21,9 @@ def row(ids, mask=None, role="assistant", line=1):
 
 def test_a_batch_by_hand():
     batch = make_batch([row([5, 6, 7], [True, False, True], line=1), row([8, 9], line=2), row([4], [True], line=3)])
-    assert batch.input_ids.tolist() == [5, 6, 7, 8, 9, 4]
-    assert batch.position_ids.tolist() == [0, 1, 2, 0, 1, 0]
+    assert batch.input_ids.tolist() == [5, 6, 7, 8, 9, 4] + [0] * 58, "filled up to a multiple of 64"
+    assert batch.position_ids.tolist() == [0, 1, 2, 0, 1, 0] + [0] * 58
+    assert batch.tokens == 6
     assert batch.segments.tolist() == [0, 3, 5, 6]
     assert batch.loss_at.tolist() == [1, 3] and batch.targets.tolist() == [7, 9]
     assert [origin.line for origin in batch.origins] == [1, 2, 3]

@@ -11,12 +11,13 @@ import pytest
 import torch
 from rich.console import Console
 
+from tunelet import methods
 from tunelet.data.examples import Origin, Tokens
 from tunelet.errors import TuneletError
 from tunelet.models.device import Choice
 from tunelet.recipe import Recipe
 from tunelet.runs.record import Run
-from tunelet.train import checkpoint, loop
+from tunelet.train import checkpoint, loop, step
 from tunelet.train.progress import Interrupted
 
 CPU = {"float32": Choice("cpu", "float32", 1), "bfloat16": Choice("cpu", "bfloat16", 1)}
@@ -149,9 +150,9 @@ def test_rows_of_a_step_do_not_depend_on_where_training_begins():
     whole = list(loop.step_rows(data, made, 0, 25))
     for start in (1, 9, 10, 24):
         assert list(loop.step_rows(data, made, start, 25)) == whole[start:]
-    epoch = [row.origin.line for step in whole[:10] for micro in step for row in micro]
+    epoch = [row.origin.line for step in whole[:10] for row in step]
     assert sorted(epoch) == list(range(1, 41))
-    assert epoch != [row.origin.line for step in whole[10:20] for micro in step for row in micro]
+    assert epoch != [row.origin.line for step in whole[10:20] for row in step]
 
 
 @pytest.mark.parametrize("dtype,dropout", [("float32", 0.0), ("bfloat16", 0.0), ("float32", 0.2)])
@@ -160,7 +161,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, monkeypatch, dtype, 
     held = rows(6, seed=1)
     _, whole, run = train(tmp_path / "whole", made, dtype=dtype, dropout=dropout, eval_rows=held)
     expected, log = weights(whole), run.log_rows()
-    real = loop.losses()["sft"]
+    real = methods.losses()["sft"]
     for stop_at in (1, 2, 7, 11):
         folder = tmp_path / f"stopped-{stop_at}"
         calls = iter(range(10_000))
@@ -170,10 +171,10 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, monkeypatch, dtype, 
                 raise RuntimeError("killed")
             return real(*arguments)
 
-        monkeypatch.setattr(loop, "losses", lambda failing=failing: {"sft": failing})
+        monkeypatch.setattr(step, "losses", lambda failing=failing: {"sft": failing})
         with pytest.raises(RuntimeError, match="killed"):
             train(folder, made, dtype=dtype, dropout=dropout, eval_rows=held)
-        monkeypatch.setattr(loop, "losses", lambda: {"sft": real})
+        monkeypatch.setattr(step, "losses", lambda: {"sft": real})
         _, resumed, run = train(folder, made, dtype=dtype, dropout=dropout, eval_rows=held)
         assert same(expected, weights(resumed)), f"stopped in step {stop_at + 1}"
         timeless = ("tokens_per_second", "tokens_per_cpu_second", "peak_mb", "elapsed_seconds")
@@ -186,21 +187,21 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, monkeypatch, dtype, 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, monkeypatch):
     made = recipe()
     _, whole, _ = train(tmp_path / "whole", made)
-    real, calls = loop.losses()["sft"], iter(range(1000))
+    real, calls = methods.losses()["sft"], iter(range(1000))
 
     def interrupted(*arguments):
         if next(calls) == 4:
             os.kill(os.getpid(), signal.SIGINT)
         return real(*arguments)
 
-    monkeypatch.setattr(loop, "losses", lambda: {"sft": interrupted})
+    monkeypatch.setattr(step, "losses", lambda: {"sft": interrupted})
     with pytest.raises(Interrupted, match="step 5 of 12") as caught:
         train(tmp_path / "stopped", made)
     assert caught.value.exit_code == 130
     assert caught.value.fix.endswith(f"tunelet train --resume {tmp_path / 'stopped'}")
     assert checkpoint.steps(Run(tmp_path / "stopped")) == [5]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    monkeypatch.setattr(loop, "losses", lambda: {"sft": real})
+    monkeypatch.setattr(step, "losses", lambda: {"sft": real})
     _, resumed, _ = train(tmp_path / "stopped", made)
     assert same(weights(whole), weights(resumed))
 
@@ -226,17 +227,17 @@ def test_early_stopping_resumes_the_same(tmp_path, monkeypatch):
     )
     trained, whole, _ = train(tmp_path / "whole", made, eval_rows=held)
     assert trained.steps < 60
-    real, calls = loop.losses()["sft"], iter(range(1000))
+    real, calls = methods.losses()["sft"], iter(range(1000))
 
     def failing(*arguments):
         if next(calls) == trained.steps - 2:
             raise RuntimeError("killed")
         return real(*arguments)
 
-    monkeypatch.setattr(loop, "losses", lambda: {"sft": failing})
+    monkeypatch.setattr(step, "losses", lambda: {"sft": failing})
     with pytest.raises(RuntimeError):
         train(tmp_path / "killed", made, eval_rows=held)
-    monkeypatch.setattr(loop, "losses", lambda: {"sft": real})
+    monkeypatch.setattr(step, "losses", lambda: {"sft": real})
     again, resumed, _ = train(tmp_path / "killed", made, eval_rows=held)
     assert again.steps == trained.steps and same(weights(whole), weights(resumed))
     # a run that had already stopped early stays stopped
@@ -245,9 +246,9 @@ def test_early_stopping_resumes_the_same(tmp_path, monkeypatch):
 
 
 def test_nan_stops_with_a_clear_error_and_leaves_the_checkpoint(tmp_path, monkeypatch):
-    real, calls = loop.losses()["sft"], iter(range(1000))
+    real, calls = methods.losses()["sft"], iter(range(1000))
     monkeypatch.setattr(
-        loop, "losses", lambda: {"sft": lambda *a: real(*a) * (float("nan") if next(calls) == 6 else 1.0)}
+        step, "losses", lambda: {"sft": lambda *a: real(*a) * (float("nan") if next(calls) == 6 else 1.0)}
     )
     with pytest.raises(TuneletError, match="step 7") as caught:
         train(tmp_path / "run", recipe(save_steps=3))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tunelet.train.optimizer import AdamW, round_stochastically
+from tunelet.train import rounding
+from tunelet.train.optimizer import AdamW
 
 
 def layers(dtype=torch.float32, seed=0):
@@ -54,13 +55,13 @@ def test_stochastic_rounding_is_unbiased_exact_on_the_grid_and_repeatable():
     def generator():
         return torch.Generator().manual_seed(3)
 
-    assert torch.equal(round_stochastically(grid, generator()).float(), grid)
-    rounded = round_stochastically(value, generator())
+    assert torch.equal(rounding.to_bfloat16(grid, generator()).float(), grid)
+    rounded = rounding.to_bfloat16(value, generator())
     assert set(rounded.unique().tolist()) == {1.0, 1.0 + 2**-7}
     assert float(rounded.double().mean()) == pytest.approx(float(value[0]), abs=3e-5)
-    assert torch.equal(rounded, round_stochastically(value, generator()))
-    assert not torch.equal(rounded, round_stochastically(value, torch.Generator().manual_seed(4)))
-    negative = round_stochastically(-value[:5], generator())
+    assert torch.equal(rounded, rounding.to_bfloat16(value, generator()))
+    assert not torch.equal(rounded, rounding.to_bfloat16(value, torch.Generator().manual_seed(4)))
+    negative = rounding.to_bfloat16(-value[:5], generator())
     assert set(negative.tolist()) <= {-1.0, -1.0 - 2**-7}
 
 
@@ -112,13 +113,13 @@ def test_accumulated_micro_batches_equal_one_batch_in_bf16_too():
     model = layers(torch.bfloat16)
     optimizer = AdamW(model.named_parameters())
     gradients = [{name: torch.randn_like(p) * 10.0**-i for name, p in model.named_parameters()} for i in range(4)]
-    for part in gradients:
-        for name, p in model.named_parameters():
-            p.grad = part[name].clone()
-        optimizer.accumulate()
+    for number, part in enumerate(gradients):
+        optimizer.accumulate(number)
+        sum((p * part[name]).sum() for name, p in model.named_parameters()).backward()
+        assert all(p.grad is None for p in model.parameters()), "freed as soon as it is added"
     exact = torch.sqrt(sum(sum(part[name].float() for part in gradients).pow(2).sum() for name in gradients[0]))
     assert optimizer.step(1e-3) == pytest.approx(float(exact), rel=1e-5)
-    assert all(not total.any() for total in optimizer.accumulated)
+    assert all(not bucket.accumulated.any() for bucket in optimizer.buckets)
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing():

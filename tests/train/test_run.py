@@ -11,12 +11,13 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+from tunelet import methods
 from tunelet.align import align
 from tunelet.errors import TuneletError
 from tunelet.models import weights
 from tunelet.recipe import Recipe
 from tunelet.runs.record import Run
-from tunelet.train import defaults
+from tunelet.train import defaults, step
 from tunelet.train.run import opened, resolve, run_training
 
 QUIET = Console(quiet=True)
@@ -180,17 +181,16 @@ def test_first_training_from_random_weights(tmp_path):
 
 def test_the_same_call_again(tiny_model_folder, chats, tmp_path, monkeypatch):
     """Unfinished: goes on. Finished: a clear error. Another recipe: a clear error that names the setting."""
-    from tunelet.train import loop
 
     made = recipe(tiny_model_folder, chats, train={"save_steps": 2})
-    real, calls = loop.losses()["sft"], iter(range(100))
+    real, calls = methods.losses()["sft"], iter(range(100))
 
     def failing(*arguments):
         if next(calls) == 4:
             raise RuntimeError("a bug")
         return real(*arguments)
 
-    monkeypatch.setattr(loop, "losses", lambda: {"sft": failing})
+    monkeypatch.setattr(step, "losses", lambda: {"sft": failing})
     with pytest.raises(RuntimeError):
         run_training(made, tmp_path / "run", console=QUIET)
     failed = Run(tmp_path / "run")

@@ -147,9 +147,10 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows laid one after the other in one flat stream, without padding.
+    """Rows laid one after the other in one flat stream, without padding between them.
 
-    input_ids, position_ids: [T] int64. Positions restart at 0 with every row.
+    input_ids, position_ids: [T] int64. Positions restart at 0 with every row. T may be a little more than the rows
+    need; what stands after the last row takes part in nothing.
     segments: [rows + 1] int64, row r is input_ids[segments[r]:segments[r+1]]; attention never crosses a border.
     loss_at: [N] int64, positions in the stream whose *next* token is a target (hidden state there predicts `targets`).
     targets: [N] int64, the tokens to predict, input_ids[loss_at + 1].
@@ -161,6 +162,11 @@ class Batch:
     loss_at: torch.Tensor
     targets: torch.Tensor
     origins: tuple[Origin, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the rows."""
+        return int(self.segments[-1])
 
     def to(self, device: Any) -> Batch:
         return Batch(

@@ -15,11 +15,14 @@ from tunelet.data.examples import Batch, Tokens
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+# Streams are filled up to a multiple of this: a matrix product of a shape never seen before costs its compilation by
+# oneDNN and a place in its cache, and rows of changing length made a new shape at every step.
+MULTIPLE = 64
 POOL = 64  # batches whose rows are sorted by length together: enough to group well, few enough to stay random
 
 
 def make_batch(rows: Sequence[Tokens]) -> Batch:
-    """Lay rows one after the other in one flat stream, without padding; see `Batch` for the shapes.
+    """Lay rows one after the other in one flat stream; see `Batch` for the shapes. Its length is a multiple of 64.
 
     The first token of a row is never a target: nothing in its own row predicts it. Rows may hold tuples, lists or
     numpy arrays. Raises ValueError where there is no row or a row is empty.
@@ -39,9 +42,10 @@ def make_batch(rows: Sequence[Tokens]) -> Batch:
     mask[segments[:-1]] = False
     targets_at = np.flatnonzero(mask)
     positions = np.arange(segments[-1], dtype=np.int64) - np.repeat(segments[:-1], lengths)
+    fill = (0, int(-segments[-1] % MULTIPLE))
     return Batch(
-        input_ids=torch.from_numpy(ids),
-        position_ids=torch.from_numpy(positions),
+        input_ids=torch.from_numpy(np.pad(ids, fill)),
+        position_ids=torch.from_numpy(np.pad(positions, fill)),
         segments=torch.from_numpy(segments),
         loss_at=torch.from_numpy(targets_at - 1),
         targets=torch.from_numpy(ids[targets_at]),

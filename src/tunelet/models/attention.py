@@ -22,6 +22,8 @@ NAME = "tunelet"
 GEMM_MAX_LENGTH = 640
 # Queries are cut in blocks, so that keys that lie wholly in the future are not multiplied at all.
 QUERY_BLOCK = 128
+# Groups are this many tokens long, or a multiple: few different shapes, each of which oneDNN compiles once.
+LENGTH_MULTIPLE = 16
 # A row joins a group when at least this share of its padded length is real.
 FILL = 0.8
 
@@ -38,11 +40,13 @@ class Group:
 class AttentionPlan:
     """How the flat stream of T tokens is laid out for attention, made once per batch and read by every layer.
 
+    tokens: of the rows; the stream may go on after them, with nothing that matters.
     gather: [P] int64, position of the layout -> token of the stream (padding repeats a token of its row); None: the
-    layout *is* the stream. scatter: [T] int64, token of the stream -> its position in the layout; None with `gather`.
+    layout *is* the stream. scatter: [tokens] int64, token -> its position in the layout; None with `gather`.
     """
 
     groups: tuple[Group, ...]
+    tokens: int
     gather: torch.Tensor | None
     scatter: torch.Tensor | None
 
@@ -54,7 +58,7 @@ def plan(segments: torch.Tensor | Sequence[int], device: Any = None) -> Attentio
     if not lengths or min(lengths) <= 0:
         raise ValueError(f"segments must rise strictly, got {borders}")
     if len(set(lengths)) == 1:
-        return AttentionPlan((Group(len(lengths), lengths[0]),), None, None)
+        return AttentionPlan((Group(len(lengths), lengths[0]),), borders[-1], None, None)
     by_length = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     members: list[list[int]] = []
     for row in by_length:
@@ -67,7 +71,7 @@ def plan(segments: torch.Tensor | Sequence[int], device: Any = None) -> Attentio
     scatter = torch.empty(borders[-1], dtype=torch.int64)
     groups, offset = [], 0
     for rows in members:
-        length = lengths[rows[0]]
+        length = -(-lengths[rows[0]] // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
         groups.append(Group(len(rows), length))
         for row in rows:
             tokens = torch.arange(borders[row], borders[row + 1])
@@ -75,26 +79,36 @@ def plan(segments: torch.Tensor | Sequence[int], device: Any = None) -> Attentio
             # Padding stands on the right, where causality hides it from every real query.
             gather.append(F.pad(tokens, (0, length - len(tokens)), value=borders[row]))
             offset += length
-    return AttentionPlan(tuple(groups), torch.cat(gather).to(device), scatter.to(device))
+    return AttentionPlan(tuple(groups), borders[-1], torch.cat(gather).to(device), scatter.to(device))
 
 
 class _Lay(torch.autograd.Function):
-    """Stream -> layout or back: out[i] = x[index[i]]. The backward is a gather too, because each token has exactly one
-    real place."""
+    """Stream -> layout or back: out[i] = x[index[i]], zeros after that up to `size`. The backward is a gather too,
+    because each token has exactly one real place."""
 
     @staticmethod
-    def forward(ctx, x, index, back, to_layout):
+    def forward(ctx, x, index, back, to_layout, size):
         ctx.save_for_backward(index, back)
         ctx.to_layout, ctx.size = to_layout, x.shape[0]
-        return x.index_select(0, index)
+        return _gathered(x, index, size)
 
     @staticmethod
     def backward(ctx, grad):
         index, back = ctx.saved_tensors
         if ctx.to_layout:
-            return grad.index_select(0, back), None, None, None
+            return _gathered(grad, back, ctx.size), None, None, None, None
         out = grad.new_zeros(ctx.size, *grad.shape[1:])  # padding gets no gradient
-        return out.index_copy_(0, index, grad.contiguous()), None, None, None
+        return out.index_copy_(0, index, grad[: len(index)].contiguous()), None, None, None, None
+
+
+def _gathered(x: torch.Tensor, index: torch.Tensor, size: int) -> torch.Tensor:
+    """[size, ...]: x[index], then zeros."""
+    if size == len(index):
+        return x.index_select(0, index)
+    out = x.new_empty(size, *x.shape[1:])
+    torch.index_select(x, 0, index, out=out[: len(index)])
+    out[len(index) :] = 0
+    return out
 
 
 def _block_mask(
@@ -219,16 +233,23 @@ def _rows(q, k, v, scale, window, softcap, dropout):
 
 
 def flat_attention(q, k, v, plan: AttentionPlan, *, scale, window=None, softcap=None, dropout=0.0):
-    """q: [T, H, D]; k, v: [T, KV, D]; returns [T, H, D]. Attention is causal and never crosses a border of the plan."""
+    """q: [T, H, D]; k, v: [T, KV, D]; returns [T, H, D], zero after the plan's tokens. Attention is causal and never
+    crosses a border of the plan."""
+    stream = q.shape[0]
     if plan.gather is not None:
-        q, k, v = (_Lay.apply(x.contiguous(), plan.gather, plan.scatter, True) for x in (q, k, v))
+        size = len(plan.gather)
+        q, k, v = (_Lay.apply(x.contiguous(), plan.gather, plan.scatter, True, size) for x in (q, k, v))
+    else:
+        q, k, v = (x[: plan.tokens] for x in (q, k, v))
     sizes = [group.rows * group.length for group in plan.groups]
     outs = []
     for group, *parts in zip(plan.groups, q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
         rows = (x.reshape(group.rows, group.length, *x.shape[1:]) for x in parts)
         outs.append(_rows(*rows, scale, window, softcap, dropout).flatten(0, 1))
     out = outs[0] if len(outs) == 1 else torch.cat(outs)
-    return out if plan.scatter is None else _Lay.apply(out, plan.scatter, plan.gather, False)
+    if plan.scatter is not None:
+        return _Lay.apply(out, plan.scatter, plan.gather, False, stream)
+    return F.pad(out, (0, 0, 0, 0, 0, stream - plan.tokens)) if stream > plan.tokens else out
 
 
 def _attention(

@@ -39,7 +39,8 @@ def _inputs(batch: Batch, plan: attention.AttentionPlan | None) -> dict[str, Any
 def _rows(batch: Batch) -> list[dict[str, Any]]:
     """The inputs of each row alone."""
     return [
-        {"input_ids": row[None], "use_cache": False} for row in batch.input_ids.split(batch.segments.diff().tolist())
+        {"input_ids": row[None], "use_cache": False}
+        for row in batch.input_ids[: batch.tokens].split(batch.segments.diff().tolist())
     ]
 
 
@@ -78,7 +79,8 @@ def _probing(lm: nn.Module) -> Iterator[Batch]:
 
 
 def hidden_states(model: nn.Module, batch: Batch, plan: attention.AttentionPlan | None = None) -> torch.Tensor:
-    """[T, hidden]: the body's last hidden states, after the final norm."""
+    """[T, hidden]: the body's last hidden states, after the final norm (without what stands after the last row, where
+    rows run one by one)."""
     body = _causal_lm(model).base_model
     if packs(model):
         return body(**_inputs(batch, plan)).last_hidden_state[0]

@@ -19,12 +19,10 @@ import torch
 from tunelet.data import pack
 from tunelet.data.examples import Tokens
 from tunelet.errors import TuneletError
-from tunelet.methods import losses
 from tunelet.models import device, head
 from tunelet.recipe import Recipe
 from tunelet.runs.record import Run
-from tunelet.train import checkpoint, plan, progress, schedule
-from tunelet.train.optimizer import AdamW
+from tunelet.train import checkpoint, plan, progress, step
 
 
 @dataclass(frozen=True)
@@ -63,19 +61,17 @@ def total_steps(recipe: Recipe, rows: int) -> int:
     return recipe.train.max_steps or max(1, math.ceil(recipe.train.epochs * per_epoch))
 
 
-def step_rows(rows: Sequence[Tokens], recipe: Recipe, first_step: int, total: int) -> Iterator[list[list[Tokens]]]:
-    """The micro-batches of each optimizer step from `first_step` on. The rows of a step do not depend on how it is
-    cut."""
-    size = recipe.train.batch_size
+def step_rows(rows: Sequence[Tokens], recipe: Recipe, first_step: int, total: int) -> Iterator[list[Tokens]]:
+    """The rows of each optimizer step from `first_step` on, in the order in which `batch_size` of them make a batch."""
+    size = recipe.train.batch_size * recipe.train.gradient_accumulation
     lengths = [len(row.ids) for row in rows]
-    per_epoch = math.ceil(len(rows) / (size * recipe.train.gradient_accumulation))
+    per_epoch = math.ceil(len(rows) / size)
     epoch, batches = -1, []
     for step in range(first_step, total):
         if step // per_epoch != epoch:
             epoch = step // per_epoch
-            batches = pack.batches(lengths, size * recipe.train.gradient_accumulation, recipe.train.seed, epoch)
-        members = batches[step % per_epoch]
-        yield [[rows[i] for i in members[at : at + size]] for at in range(0, len(members), size)]
+            batches = pack.batches(lengths, size, recipe.train.seed, epoch)
+        yield [rows[i] for i in batches[step % per_epoch]]
 
 
 @torch.no_grad()
@@ -112,14 +108,10 @@ def train(
     Goes on from the run's newest checkpoint where there is one. Raises Interrupted after Ctrl-C (a checkpoint is
     saved), TuneletError where the loss is no longer a number or the disk fails; the last checkpoint then stays whole.
     """
-    settings, loss_of = recipe.train, losses()[recipe.method]
+    settings = recipe.train
     total = total_steps(recipe, len(train_rows))
-    optimizer = AdamW(
-        model.named_parameters(),
-        betas=(settings.beta1, settings.beta2),
-        weight_decay=settings.weight_decay,
-        seed=settings.seed,
-    )
+    optimizer = step.optimizer_for(model, settings)
+    stepper = step.Stepper(model, optimizer, recipe, choice.device)
     now = Progress()
     name = checkpoint.latest(run)
     if name is not None:
@@ -159,42 +151,20 @@ def train(
             evaluate()
             forecast.evaluation = time.perf_counter() - started
         clock = _Clock(now)
-        for micro_batches in step_rows(train_rows, recipe, now.step, total if not enough else 0):
-            batches = [pack.make_batch(rows).to(choice.device) for rows in micro_batches]
-            targets = sum(len(batch.targets) for batch in batches)
-            if not targets:
-                raise TuneletError(
-                    f"Step {now.step + 1} has no trained token.",
-                    why=f"no token of {batches[0].origins[0]} is a target",
-                    fix="Drop rows without an answer: tunelet data doctor.",
-                )
-            torch.manual_seed(settings.seed * 1_000_003 + now.step)  # dropout, a function of (seed, step)
-            loss = 0.0
-            for batch in batches:
-                part = loss_of(model, batch, targets)
-                part.backward()
-                loss += float(part.detach())
-                if settings.gradient_accumulation > 1:
-                    optimizer.accumulate()
-            rate = schedule.learning_rate(
-                now.step,
-                total,
-                peak=settings.learning_rate,
-                schedule=settings.schedule,
-                warmup=settings.warmup,
-                min_ratio=settings.min_lr_ratio,
-            )
-            norm = optimizer.step(rate, settings.max_grad_norm) if math.isfinite(loss) else loss
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise _not_a_number(run, now.step + 1, loss, norm, rate)
+        for rows in step_rows(train_rows, recipe, now.step, total if not enough else 0):
+            done = stepper(rows, now.step, total)
+            if not (math.isfinite(done.loss) and math.isfinite(done.norm)):
+                raise _not_a_number(run, now.step + 1, done)
             now.step += 1
-            tokens = sum(len(batch.input_ids) for batch in batches)
-            now.tokens, now.trained_tokens = now.tokens + tokens, now.trained_tokens + targets
-            now.window_loss, now.window_targets = now.window_loss + loss * targets, now.window_targets + targets
-            forecast.step(now.step, clock.tick(now, tokens), tokens, now.seconds)
+            now.tokens, now.trained_tokens = now.tokens + done.tokens, now.trained_tokens + done.targets
+            now.window_loss, now.window_targets = (
+                now.window_loss + done.loss * done.targets,
+                now.window_targets + done.targets,
+            )
+            forecast.step(now.step, clock.tick(now, done.tokens), done.tokens, now.seconds)
             bar.advance(now.step, now.window_loss / now.window_targets, now.window)
             if now.step % settings.log_steps == 0 or now.step == total:
-                row = _log_row(now, rate, norm, choice)
+                row = _log_row(now, done, choice)
                 run.log(row)
                 bar.logged(row)
                 now.window_loss, now.window_targets, now.window = 0.0, 0, Progress().window
@@ -216,7 +186,7 @@ def train(
     if settings.early_stopping and now.best_loss is not None:
         optimizer.load_weights(checkpoint.load(run, checkpoint.BEST)[0])
         now.held_out_loss = now.best_loss
-    optimizer.finish(torch.float32)
+    optimizer.finish()
     model.eval()
     return Trained(now.step, now.best_loss, now.held_out_loss, now.tokens, now.seconds, device.peak_mb(choice.device))
 
@@ -239,13 +209,13 @@ class _Clock:
         return passed
 
 
-def _log_row(now: Progress, rate: float, norm: float, choice: device.Choice) -> dict[str, Any]:
+def _log_row(now: Progress, done: step.Done, choice: device.Choice) -> dict[str, Any]:
     peak = device.peak_mb(choice.device)
     return {
         "step": now.step,
         "loss": now.window_loss / now.window_targets,
-        "learning_rate": rate,
-        "grad_norm": norm,
+        "learning_rate": done.learning_rate,
+        "grad_norm": done.norm,
         "tokens": now.tokens,
         "trained_tokens": now.trained_tokens,
         "tokens_per_second": round(now.window["tokens"] / max(now.window["seconds"], 1e-9), 1),
@@ -255,11 +225,11 @@ def _log_row(now: Progress, rate: float, norm: float, choice: device.Choice) -> 
     }
 
 
-def _not_a_number(run: Run, step: int, loss: float, norm: float, rate: float) -> TuneletError:
+def _not_a_number(run: Run, number: int, done: step.Done) -> TuneletError:
     name = checkpoint.latest(run)
     return TuneletError(
-        f"Training stopped at step {step}: the loss is {loss}, the gradient's norm {norm}.",
-        why=f"a learning rate of {rate:.1e} is too high for this model and data, or the weights were damaged before",
+        f"Training stopped at step {number}: the loss is {done.loss}, the gradient's norm {done.norm}.",
+        why=f"a learning rate of {done.learning_rate:.1e} is too high for this model and data, or the weights were damaged before",
         fix=f"Lower train.learning_rate (try a third of it) or raise train.warmup. "
         f"The last checkpoint, {name or 'none yet'}, is untouched.",
     )

@@ -1,71 +1,112 @@
-"""AdamW whose working copy may be bf16: fp32 master weights and moments, the copy refreshed by stochastic rounding.
+"""AdamW in three sizes of state: fp32 master weights and moments, or bf16 or 8-bit moments and no master.
 
 Not a general optimizer framework. Loshchilov & Hutter, "Decoupled Weight Decay Regularization" (arXiv:1711.05101); the
-arithmetic is torch's fused AdamW. Stochastic rounding: a published bf16 checkpoint puts the master on the bf16 grid,
-where rounding to nearest would swallow every early step smaller than half a grid width; rounding up or down at random
-keeps the expectation (arXiv:2010.06192).
+arithmetic is torch's fused AdamW in fp32, whatever the state is kept in. A published bf16 checkpoint puts the weights
+on the bf16 grid, where rounding to nearest would swallow every early step smaller than half a grid width: whatever is
+narrower than fp32 is rounded stochastically (train/rounding.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch.optim.adamw import adamw
 
-# Parameters are worked on in buckets of about this many elements: few calls for a model of many small tensors, little
-# scratch memory.
-BUCKET_ELEMENTS = 2**21
+from tunelet.train import rounding
+
+# Parameters are worked on about this many elements at a time: few calls for a model of many small tensors, little
+# scratch memory for one of large ones.
+CHUNK_ELEMENTS = 2**21
+
+BYTES = {"float32": 12, "bfloat16": 4, "float8": 2}  # of state for each bf16 parameter that is trained
+
+
+class _Moments:
+    """One flat moment, [n], held in the state's dtype: read and written as fp32, a range at a time."""
+
+    def __init__(self, n: int, state: str, device: torch.device, *, positive: bool):
+        self.positive = positive  # the mean of squares: its root is what is kept in 8 bits, with twice the range
+        self.scale = None
+        if state == "float8":
+            self.data = torch.zeros(n, dtype=rounding.FLOAT8, device=device)
+            self.scale = torch.ones(-(-n // rounding.BLOCK), device=device)
+        else:
+            self.data = torch.zeros(n, dtype=getattr(torch, state), device=device)
+
+    def read(self, a: int, b: int) -> torch.Tensor:
+        """[b - a] fp32; for an fp32 state the state itself."""
+        if self.scale is None:
+            return self.data[a:b].float()
+        value = rounding.from_float8(self.data[a:b], self.scale[self._blocks(a, b)])
+        return value.square_() if self.positive else value
+
+    def write(self, a: int, b: int, value: torch.Tensor, generator: torch.Generator | None) -> None:
+        if self.scale is not None:
+            self.data[a:b], self.scale[self._blocks(a, b)] = rounding.to_float8(
+                value.sqrt_() if self.positive else value, generator, floor=self.positive
+            )
+        elif generator is not None and self.data.dtype != torch.float32:
+            self.data[a:b] = rounding.to_bfloat16(value, generator)
+
+    def _blocks(self, a: int, b: int) -> slice:
+        return slice(a // rounding.BLOCK, -(-b // rounding.BLOCK))
 
 
 class _Bucket:
-    """Parameters of one dtype, device and decay class, whose master and moments lie in one flat buffer each."""
+    """Parameters of one dtype, device and decay class; master and moments lie in one flat buffer each."""
 
-    def __init__(self, parameters: list[torch.nn.Parameter], names: list[str], decay: bool):
+    def __init__(self, parameters: list[torch.nn.Parameter], names: list[str], decay: bool, state: str):
         self.parameters, self.names, self.decay = parameters, names, decay
         self.sizes = [p.numel() for p in parameters]
-        device = parameters[0].device
-        self.master = torch.cat([p.detach().reshape(-1) for p in parameters]).float()
-        self.exp_avg = torch.zeros_like(self.master)
-        self.exp_avg_sq = torch.zeros_like(self.master)
-        self.step = torch.zeros((), dtype=torch.float32, device=device if device.type == "cuda" else "cpu")
+        self.n, device = sum(self.sizes), parameters[0].device
         self.low = parameters[0].dtype != torch.float32
-        if not self.low:  # the parameters are their own master
-            self.write(self.master, views=True)
+        self.master = None
+        if self.low and state == "float32":
+            self.master = torch.cat([p.detach().reshape(-1) for p in parameters]).float()
+        self.exp_avg = _Moments(self.n, state, device, positive=False)
+        self.exp_avg_sq = _Moments(self.n, state, device, positive=True)
+        self.accumulated: torch.Tensor | None = None
+        self.steps = torch.zeros((), dtype=torch.float32, device=device if device.type == "cuda" else "cpu")
 
-    def write(self, flat: torch.Tensor, *, views: bool = False) -> None:
-        for p, part in zip(self.parameters, flat.split(self.sizes), strict=True):
-            if views:
-                p.data = part.view_as(p)
-            else:
+    def chunks(self) -> Iterator[tuple[int, int]]:
+        """Ranges to work on. Only a parameter that is a bucket of its own is larger than one chunk."""
+        size = CHUNK_ELEMENTS if len(self.parameters) == 1 else self.n
+        return ((a, min(a + size, self.n)) for a in range(0, self.n, size))
+
+    def write(self, a: int, b: int, values: torch.Tensor) -> None:
+        """Put `values` of the range into the parameters."""
+        if len(self.parameters) == 1:
+            self.parameters[0].data.view(-1)[a:b].copy_(values)
+        else:
+            for p, part in zip(self.parameters, values.split(self.sizes), strict=True):
                 p.data.copy_(part.view_as(p))
 
-    def gradient(self, scale: float) -> torch.Tensor:
-        """[elements] fp32; parameters without a gradient in this step count as zero."""
-        parts = [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in self.parameters]
-        flat = parts[0].float() if len(parts) == 1 else torch.cat(parts).float()
+    def weights(self, a: int, b: int) -> torch.Tensor:
+        """fp32 [b - a], the master itself where there is one."""
+        if self.master is not None:
+            return self.master[a:b]
+        return _flat([p.detach() for p in self.parameters], a, b).to(torch.float32, copy=len(self.parameters) == 1)
+
+    def gradient(self, a: int, b: int, scale: float) -> torch.Tensor:
+        """fp32 [b - a]; parameters without a gradient in this step count as zero."""
+        if self.accumulated is not None:
+            flat = self.accumulated[a:b].float()
+        else:
+            flat = _flat([torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters], a, b).float()
         return flat * scale if scale != 1.0 else flat
 
 
-def round_stochastically(master: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """fp32 -> bf16, up or down with probability in proportion to the distance; what bf16 can hold exactly stays as it
-    is.
-
-    A uniform 16-bit number is added to the bits that bf16 lacks, and these are cut off. Non-finite values must not come
-    in.
-    """
-    bits = torch.empty((master.numel() + 3) // 4, dtype=torch.int64, device=master.device)
-    bits.random_(-(2**63), None, generator=generator)  # all 64 bits: the default leaves the sign alone
-    noise = bits.view(torch.int16)[: master.numel()]  # four draws of one: -32768..32767
-    return master.view(torch.int32).add(noise).add_(32768).bitwise_and_(-65536).view(torch.float32).to(torch.bfloat16)
+def _flat(tensors: list[torch.Tensor], a: int, b: int) -> torch.Tensor:
+    return tensors[0].reshape(-1)[a:b] if len(tensors) == 1 else torch.cat([t.reshape(-1) for t in tensors])
 
 
 class AdamW:
     """`step(learning_rate)` reads the gradients, clips them by their global norm, updates, and clears them.
 
-    The noise of the rounding is a function of (seed, step, bucket) only, so that the working copy is one of (master,
-    step): it needs no place in a checkpoint, and a resumed run is bit-identical. Weight decay applies to matrices, not
-    to norms and biases.
+    state: "float32" (fp32 moments, and an fp32 master of narrower weights), "bfloat16" or "float8" (moments of that
+    width, the weights as they are). The noise of rounding is a function of (seed, step, bucket) only: it needs no place
+    in a checkpoint, and a resumed run is bit-identical. Weight decay applies to matrices, not to norms and biases.
     """
 
     def __init__(
@@ -76,8 +117,11 @@ class AdamW:
         weight_decay=0.0,
         eps=1e-8,
         seed=0,
+        state="float32",
     ):
-        self.betas, self.weight_decay, self.eps, self.seed, self.steps = betas, weight_decay, eps, seed, 0
+        self.betas, self.weight_decay, self.eps, self.seed, self.state_dtype = betas, weight_decay, eps, seed, state
+        self.steps = 0
+        self.accumulating = False
         classes: dict[tuple, list[tuple[str, torch.nn.Parameter]]] = {}
         for name, p in named_parameters:
             if p.requires_grad:
@@ -86,115 +130,155 @@ class AdamW:
         for (_, _, decay), members in classes.items():
             start = size = 0
             for i, (_, p) in enumerate(members):
-                if i > start and size + p.numel() > BUCKET_ELEMENTS:
+                if i > start and size + p.numel() > CHUNK_ELEMENTS:
                     self._bucket(members[start:i], decay)
                     start, size = i, 0
                 size += p.numel()
             self._bucket(members[start:], decay)
-        self.accumulated: list[torch.Tensor] | None = None
+        self._place = {p: (bucket, i) for bucket in self.buckets for i, p in enumerate(bucket.parameters)}
+        self._hooks = [p.register_post_accumulate_grad_hook(self._take) for p in self._place]
 
     def _bucket(self, members, decay):
-        self.buckets.append(_Bucket([p for _, p in members], [name for name, _ in members], decay))
+        self.buckets.append(_Bucket([p for _, p in members], [name for name, _ in members], decay, self.state_dtype))
 
-    def accumulate(self) -> None:
-        """Move the gradients of one micro-batch into fp32 sums: several micro-batches must not be added up in bf16."""
-        with torch.no_grad():
-            if self.accumulated is None:
-                self.accumulated = [torch.zeros_like(bucket.master) for bucket in self.buckets]
-            for total, bucket in zip(self.accumulated, self.buckets, strict=True):
-                for p, part in zip(bucket.parameters, total.split(bucket.sizes), strict=True):
-                    if p.grad is not None:
-                        part.add_(p.grad.reshape(-1))
-                        p.grad = None
+    def _generator(self, i: int) -> torch.Generator:
+        """The noise of bucket i in the step that was last begun."""
+        generator = torch.Generator(self.buckets[i].parameters[0].device)
+        return generator.manual_seed((self.seed * 1_000_003 + self.steps) * 4099 + i)
+
+    # -- gradients of several micro-batches ----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _take(self, p: torch.nn.Parameter) -> None:
+        """While accumulating: move a gradient into its sum as soon as the backward has made it, and free it."""
+        if not self.accumulating or p.grad is None:
+            return
+        bucket, i = self._place[p]
+        narrow = self.state_dtype != "float32"
+        if bucket.accumulated is None:
+            # fp32, because micro-batches must not be added up in bf16; where memory is what counts, bf16 unbiased
+            dtype = torch.bfloat16 if narrow else torch.float32
+            bucket.accumulated = torch.zeros(bucket.n, dtype=dtype, device=p.device)
+        start = sum(bucket.sizes[:i])
+        for a in range(0, p.numel(), CHUNK_ELEMENTS):
+            grad = p.grad.reshape(-1)[a : a + CHUNK_ELEMENTS]
+            total = bucket.accumulated[start + a : start + a + len(grad)]
+            if narrow:
+                total.copy_(rounding.to_bfloat16(total.float().add_(grad), self._sum_noise))
+            else:
+                total.add_(grad)
+        p.grad = None
+
+    def accumulate(self, number: int) -> None:
+        """Say before the backward of each micro-batch but one that is the whole step which it is, from 0 on: its
+        gradients are added to those before."""
+        self.accumulating = True
+        if self.state_dtype != "float32":
+            self._sum_noise = torch.Generator().manual_seed((self.seed * 1_000_003 + self.steps) * 4099 - 1 - number)
 
     def _norm(self) -> float:
-        if self.accumulated is not None:
-            norms = [torch.linalg.vector_norm(total) for total in self.accumulated]
-        else:
+        grads = [bucket.accumulated for bucket in self.buckets if bucket.accumulated is not None]
+        if not grads:
             grads = [p.grad for bucket in self.buckets for p in bucket.parameters if p.grad is not None]
-            norms = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads]
+        norms = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads]
         return float(torch.linalg.vector_norm(torch.stack([norm.cpu() for norm in norms]))) if norms else 0.0
+
+    # -- the update ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def step(self, learning_rate: float, max_grad_norm: float = 0.0) -> float:
         """One update. Returns the gradients' norm before clipping; where it is not finite nothing is changed."""
-        if self.accumulated is not None:
-            self.accumulate()  # whatever was not moved yet
+        self.accumulating = False
         norm = self._norm()
         if not norm < float("inf"):
             return norm
         scale = max_grad_norm / (norm + 1e-6) if max_grad_norm and norm > max_grad_norm else 1.0
-        for i, bucket in enumerate(self.buckets):
-            if self.accumulated is not None:
-                gradient = self.accumulated[i].mul_(scale)
-            else:
-                gradient = bucket.gradient(scale)
-                for p in bucket.parameters:
-                    p.grad = None
-            adamw(
-                [bucket.master],
-                [gradient],
-                [bucket.exp_avg],
-                [bucket.exp_avg_sq],
-                [],
-                [bucket.step],
-                fused=bucket.master.device.type in ("cpu", "cuda", "mps"),
-                amsgrad=False,
-                maximize=False,
-                beta1=self.betas[0],
-                beta2=self.betas[1],
-                lr=learning_rate,
-                eps=self.eps,
-                weight_decay=self.weight_decay if bucket.decay else 0.0,
-            )
-            gradient.zero_()
         self.steps += 1
-        self.refresh()
+        for i, bucket in enumerate(self.buckets):
+            generator = self._generator(i)
+            for a, b in bucket.chunks():
+                weights = bucket.weights(a, b)
+                moments = [moment.read(a, b) for moment in (bucket.exp_avg, bucket.exp_avg_sq)]
+                bucket.steps.fill_(self.steps - 1)
+                adamw(
+                    [weights],
+                    [bucket.gradient(a, b, scale)],
+                    moments[:1],
+                    moments[1:],
+                    [],
+                    [bucket.steps],
+                    fused=weights.device.type in ("cpu", "cuda", "mps"),
+                    amsgrad=False,
+                    maximize=False,
+                    beta1=self.betas[0],
+                    beta2=self.betas[1],
+                    lr=learning_rate,
+                    eps=self.eps,
+                    weight_decay=self.weight_decay if bucket.decay else 0.0,
+                )
+                bucket.write(a, b, rounding.to_bfloat16(weights, generator) if bucket.low else weights)
+                bucket.exp_avg.write(a, b, moments[0], generator)
+                bucket.exp_avg_sq.write(a, b, moments[1], generator)
+            if bucket.accumulated is not None:
+                bucket.accumulated.zero_()
+            for p in bucket.parameters:
+                p.grad = None
         return norm
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Write the working copy of this step: the master, stochastically rounded (at step 0 and in fp32: the master
-        itself)."""
+        """Write the working copy of this step: the master, stochastically rounded (at step 0: the master itself)."""
         for i, bucket in enumerate(self.buckets):
-            if bucket.low and self.steps:
-                generator = torch.Generator(bucket.master.device)
-                generator.manual_seed((self.seed * 1_000_003 + self.steps) * 4099 + i)
-                bucket.write(round_stochastically(bucket.master, generator))
-            elif bucket.low:
-                bucket.write(bucket.master)
+            if bucket.master is not None:
+                generator = self._generator(i) if self.steps else None
+                for a, b in bucket.chunks():
+                    part = bucket.master[a:b]
+                    bucket.write(a, b, rounding.to_bfloat16(part, generator) if generator else part)
 
     @torch.no_grad()
     def settle(self) -> None:
         """Write the nearest working copy, for evaluation and saving; `refresh` brings the training copy back."""
         for bucket in self.buckets:
-            if bucket.low:
-                bucket.write(bucket.master)
+            if bucket.master is not None:
+                bucket.write(0, bucket.n, bucket.master)
 
     @torch.no_grad()
-    def finish(self, dtype: torch.dtype) -> None:
-        """Turn the parameters into the master, rounded to `dtype`: the last thing done with this optimizer."""
+    def finish(self) -> None:
+        """Put the fp32 master in the place of the parameters and let go of the rest: the last thing done here."""
+        for hook in self._hooks:
+            hook.remove()
         for bucket in self.buckets:
-            for p, part in zip(bucket.parameters, bucket.master.split(bucket.sizes), strict=True):
-                p.data = part.view(p.shape).to(dtype)
+            if bucket.master is not None:
+                for p, part in zip(bucket.parameters, bucket.master.split(bucket.sizes), strict=True):
+                    p.data = part.view(p.shape)
+        self.buckets, self._place = [], {}
+
+    # -- state ---------------------------------------------------------------------------------------------------------
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """The fp32 weights by parameter name: views of the master."""
-        return self._named("master")
-
-    def state(self) -> dict[str, torch.Tensor]:
-        """Everything a checkpoint needs, by kind and parameter name, in fp32."""
-        kinds = ("master", "exp_avg", "exp_avg_sq")
-        return {f"{kind}.{name}": tensor for kind in kinds for name, tensor in self._named(kind).items()}
-
-    def _named(self, kind: str) -> dict[str, torch.Tensor]:
+        """The trained weights by parameter name: the fp32 master, or the parameters where there is none. Not copies."""
         return {
-            name: part.view(p.shape)
+            name: part
             for bucket in self.buckets
-            for name, p, part in zip(
-                bucket.names, bucket.parameters, getattr(bucket, kind).split(bucket.sizes), strict=True
+            for name, part in zip(
+                bucket.names,
+                [p.detach() for p in bucket.parameters] if bucket.master is None else _split(bucket, bucket.master),
+                strict=True,
             )
         }
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Everything a checkpoint needs, by kind and parameter name (the scales of 8-bit moments by bucket). Not
+        copies."""
+        out = {f"weights.{name}": tensor for name, tensor in self.weights().items()}
+        for kind in ("exp_avg", "exp_avg_sq"):
+            for i, bucket in enumerate(self.buckets):
+                moment = getattr(bucket, kind)
+                parts = zip(bucket.names, _split(bucket, moment.data), strict=True)
+                out |= {f"{kind}.{name}": part for name, part in parts}
+                if moment.scale is not None:
+                    out[f"{kind}_scale.{i}"] = moment.scale
+        return out
 
     @torch.no_grad()
     def load_weights(self, weights: dict[str, torch.Tensor]) -> None:
@@ -210,6 +294,8 @@ class AdamW:
         for name, tensor in self.state().items():
             tensor.copy_(state[name])
         self.steps = steps
-        for bucket in self.buckets:
-            bucket.step.fill_(steps)
         self.refresh()
+
+
+def _split(bucket: _Bucket, flat: torch.Tensor) -> list[torch.Tensor]:
+    return [part.view(p.shape) for p, part in zip(bucket.parameters, flat.split(bucket.sizes), strict=True)]

@@ -151,9 +151,21 @@ def choose(recipe: Recipe, run: Run, console: Any) -> Choice:
 def load_for_training(recipe: Recipe, prepared: Prepared, choice: Choice) -> Any:
     """The model of the recipe, ready to train: random weights, a checkpoint, a checkpoint with a new adapter, or an
     adapter to train on."""
+    from tunelet.models.ready import make_ready
+
+    model = _model(recipe, prepared.tokenizer, choice)
+    return make_ready(model, checkpointing=recipe.train.gradient_checkpointing == "on")
+
+
+def _model(recipe: Recipe, tokenizer: Any, choice: Choice) -> Any:
     from tunelet.models import adapters, load
 
-    tokenizer = prepared.tokenizer
+    if recipe.model.quantization != "none" and recipe.adapter.kind == "none":
+        raise TuneletError(
+            f"model.quantization = {recipe.model.quantization} needs an adapter.",
+            why="quantised weights are frozen: there would be nothing to train",
+            fix="Add --adapter lora, or --set model.quantization=none.",
+        )
     if not recipe.model.path:
         ids = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
         return load.new_model(recipe.model.architecture, len(tokenizer), ids, recipe.train.seed, choice)
