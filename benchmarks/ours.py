@@ -1,13 +1,37 @@
-"""tunelet itself as a contestant: its own model loading, batches, loss and optimizer, in a process of its own
-(worker.py)."""
+"""tunelet itself as a contestant: its own recipe, model loading, batches and step, in a process of its own (worker.py).
+
+Not a second training path: what is timed is train/step.py, as train/loop.py calls it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 from benchmarks import rows as rows_
 from benchmarks.measure import Clock, Reading
+
+
+def recipe(spec: Mapping[str, Any]) -> Any:
+    """The Recipe of a SPEC (worker.py): its own keys, and above them those of "set". Raises TuneletError on unknown
+    keys and values out of range."""
+    from tunelet import recipe_io
+
+    own = {
+        "method": spec["method"],
+        "model.path": spec["model"],
+        "model.device": spec["device"],
+        "model.threads": spec["threads"],
+        "train.batch_size": spec["batch_size"],
+        "train.seed": spec["seed"],
+        "train.learning_rate": 2e-5,
+        "train.schedule": "constant",
+        "train.warmup": 0.0,
+    }
+    if spec["rank"]:
+        own |= {"adapter.kind": "lora", "adapter.rank": spec["rank"], "adapter.alpha": 2.0 * spec["rank"]}
+    return recipe_io.load(sets=[*(f"{key}={value}" for key, value in own.items()), *spec["set"]]).recipe
 
 
 def sft(
@@ -16,45 +40,47 @@ def sft(
     """Trains on `warm`, then on `timed`; the reading is of the latter. spec: see worker.py."""
     from tunelet.data import pack
     from tunelet.data.examples import Origin, Tokens
-    from tunelet.models import adapters, device, head, load
-    from tunelet.recipe import AdapterSection
-    from tunelet.train.optimizer import AdamW
+    from tunelet.models import device
+    from tunelet.train import step
+    from tunelet.train.run import load_for_training
 
-    choice = device.choose(spec["device"], threads=spec["threads"])
+    asked = recipe(spec)
+    choice = device.choose(asked.model.device, asked.model.dtype, asked.model.threads)
     device.apply(choice)
-    model = load.load_model(spec["model"], choice)
-    if spec["rank"]:
-        model = adapters.add(model, AdapterSection(kind="lora", rank=spec["rank"], alpha=2.0 * spec["rank"]))
+    model = load_for_training(asked, SimpleNamespace(tokenizer=()), choice)  # rows are tokenised: no tokenizer to check
     model.train()
-    optimizer = AdamW(model.named_parameters(), seed=spec["seed"])
+    stepper = step.Stepper(model, step.optimizer_for(model, asked.train), asked, choice.device)
 
     def tokens(row: rows_.Row) -> Tokens:
         mask = (False,) * row.prompt + (True,) * (len(row.ids) - row.prompt)
         return Tokens(row.ids, mask, ((0, len(row.ids), "text"),), Origin("benchmark", 1))
 
-    def run(rows: Sequence[rows_.Row]) -> list[float]:
-        losses = []
-        made = [tokens(row) for row in rows]
-        for members in pack.batches([len(row.ids) for row in made], spec["batch_size"], spec["seed"], 0):
-            batch = pack.make_batch([made[i] for i in members]).to(choice.device)
-            loss = head.nll_sum(model, batch, 1 / len(batch.targets))
-            loss.backward()
-            losses.append(float(loss.detach()))
-            optimizer.step(2e-5, 1.0)
-            tell(f"step {len(losses)} of {-(-len(rows) // spec['batch_size'])}")
-        return losses
+    def run(rows: Sequence[rows_.Row], first: int) -> float:
+        """The last loss."""
+        made, total = [tokens(row) for row in rows], (len(warm) + len(timed)) // spec["batch_size"]
+        order = pack.batches([len(row.ids) for row in made], spec["batch_size"], spec["seed"], 0)
+        for number, members in enumerate(order, first):
+            done = stepper([made[i] for i in members], number, total)
+            tell(f"step {number + 1} of {total}")
+        return done.loss
 
-    run(warm)
-    clock = Clock(spec["device"])
+    run(warm, 0)
+    clock = Clock(choice.device)
     clock.start()
-    losses = run(timed)
+    loss = run(timed, len(warm) // spec["batch_size"])
     reading = clock.stop()
     trained = [p for p in model.parameters() if p.requires_grad]
     facts = {
-        "loss": losses[-1],
-        "weights": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "loss": loss,
+        "weights": choice.dtype,
         "trained_parameters": sum(p.numel() for p in trained),
         "trained_dtype": str(trained[0].dtype).removeprefix("torch."),
         "threads": choice.threads,
+        "settings": {
+            "quantization": asked.model.quantization,
+            **asked.train.model_dump(
+                include={"tokens_per_batch", "gradient_checkpointing", "optimizer_state", "compile"}
+            ),
+        },
     }
     return reading, facts

@@ -42,9 +42,11 @@ def measure(spec: Mapping[str, Any], label: str) -> dict[str, Any]:
                 show(f"{label}: {line.rstrip()}", passing=True)
             out = worker.stdout.read()
             code = worker.wait()
-        except KeyboardInterrupt:
+        except BaseException:  # Ctrl-C, or a stop from outside: the worker must not go on alone
             worker.kill()
             raise
+    if code == 2:
+        raise TuneletError(f"{label}: {json.loads(out)['error']}")
     if code != 0 or not out.strip():
         shown = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-12:] if log.exists() else []
         raise TuneletError(

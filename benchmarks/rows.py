@@ -1,4 +1,5 @@
-"""Rows of synthetic token ids to train on, the same for every contestant: a function of (kind, count, seed, vocabulary).
+"""Rows of synthetic token ids to train on, the same for every contestant: a function of (kind, count, seed,
+vocabulary).
 
 Not text: what a step costs depends on lengths and masks, not on which tokens they are.
 """

@@ -87,8 +87,21 @@ def work(options: Namespace) -> dict[str, Any]:
         "rank": RANK if options.method == "lora" else 0,
         "seed": options.seed,
         "set": options.set,
-        "peer_set": dict(pair.split("=", 1) for pair in options.peer_set),
+        "peer_set": dict(setting_of(pair) for pair in options.peer_set),
     }
+
+
+def setting_of(pair: str) -> tuple[str, Any]:
+    """("key", value) of a --peer-set KEY=JSON; raises TuneletError where it is not one."""
+    key, equals, value = pair.partition("=")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError as error:
+        raise TuneletError(
+            f"--peer-set {pair} is not KEY=JSON.",
+            why=str(error) if equals else "there is no =",
+            fix="For example: --peer-set gradient_checkpointing=false",
+        ) from error
 
 
 def setting(options: Namespace) -> dict[str, Any]:

@@ -1,7 +1,10 @@
 """`python -m benchmarks.worker SPEC`: one contestant, one measurement, in a process of its own, so that the peak of
 memory is its own too.
 
-Prints one line of JSON to standard output. What libraries print goes to SPEC's "log"; standard error gets progress only.
+Prints one line of JSON to standard output; exit code 2 and {"error"} for a user's mistake. What libraries print goes to
+SPEC's "log"; standard error gets progress only.
+
+Nothing here imports tunelet: that sets OpenMP and oneDNN up for training, and a peer must run as it does without.
 
 SPEC, JSON: {"task": "gemm" | "checkpoint" | "step", "device", "threads", "scratch", "log", ...}; for "step" also
 {"contestant", "method", "variant", "shape", "model" (folder), "rows" (kind), "warm", "steps", "batch_size", "rank" (0:
@@ -75,7 +78,13 @@ def main(path: str) -> int:
         if spec["task"] == "gemm":
             result = measure.gemm(spec["device"])
         else:
-            result = step(spec, tell)
+            try:
+                result = step(spec, tell)
+            except Exception as error:
+                if getattr(error, "exit_code", None) != 2:  # TuneletError, without importing it: see below
+                    raise
+                os.write(out, json.dumps({"error": str(error)}).encode())
+                return 2
     os.write(out, (json.dumps(result) + "\n").encode())
     return 0
 
