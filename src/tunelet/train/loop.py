@@ -67,11 +67,11 @@ def step_rows(rows: Sequence[Tokens], recipe: Recipe, first_step: int, total: in
     lengths = [len(row.ids) for row in rows]
     per_epoch = math.ceil(len(rows) / size)
     epoch, batches = -1, []
-    for step in range(first_step, total):
-        if step // per_epoch != epoch:
-            epoch = step // per_epoch
+    for number in range(first_step, total):
+        if number // per_epoch != epoch:
+            epoch = number // per_epoch
             batches = pack.batches(lengths, size, recipe.train.seed, epoch)
-        yield [rows[i] for i in batches[step % per_epoch]]
+        yield [rows[i] for i in batches[number % per_epoch]]
 
 
 @torch.no_grad()
@@ -229,7 +229,8 @@ def _not_a_number(run: Run, number: int, done: step.Done) -> TuneletError:
     name = checkpoint.latest(run)
     return TuneletError(
         f"Training stopped at step {number}: the loss is {done.loss}, the gradient's norm {done.norm}.",
-        why=f"a learning rate of {done.learning_rate:.1e} is too high for this model and data, or the weights were damaged before",
+        why=f"a learning rate of {done.learning_rate:.1e} is too high for this model and data, "
+        "or the weights were damaged before",
         fix=f"Lower train.learning_rate (try a third of it) or raise train.warmup. "
         f"The last checkpoint, {name or 'none yet'}, is untouched.",
     )

@@ -37,8 +37,8 @@ def to_float8(
 
     A scale is a power of two that brings the block's largest magnitude to 128..256, so scaling is exact. Block-wise
     8-bit states: Dettmers et al., arXiv:2110.02861; here the 256 levels are those of e4m3, which are finer towards
-    zero like theirs and need no table. Magnitudes under SMALLEST * scale are rounded to nearest; with `floor` they become
-    SMALLEST * scale, for numbers that something is divided by.
+    zero like theirs and need no table. Magnitudes under SMALLEST * scale are rounded to nearest; with `floor` they
+    become SMALLEST * scale, for numbers that something is divided by.
     """
     n = values.numel()
     padded = torch.nn.functional.pad(values, (0, -n % BLOCK)) if n % BLOCK else values
