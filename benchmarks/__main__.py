@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from benchmarks import process, rows, shapes, train
+from benchmarks import ladder, process, rows, shapes, train
 from tunelet.errors import TuneletError
 
 
@@ -28,12 +28,25 @@ def parser() -> argparse.ArgumentParser:
     t.add_argument("--only", action="append", default=[], metavar="CONTESTANT", help="leave the others out")
     _common(t)
     t.add_argument("--peer-set", action="append", default=[], metavar="KEY=JSON", help="a setting of the peer's config")
+    t.add_argument("--batch-size", type=_positive, default=8, help="rows of an optimizer step")
+    t.add_argument("--compile", action="store_true", help="the same as --set train.compile=on")
     t.set_defaults(run=train.run)
+
+    ladder_ = verbs.add_parser("ladder", help="tunelet's rate and memory over sizes, ways to train, and rows")
+    ladder_.add_argument("--shape", nargs="+", choices=list(shapes.SHAPES), default=["135M", "360M", "1.7B"])
+    ladder_.add_argument("--mode", nargs="+", choices=list(ladder.MODES), default=["full", "lora", "lora-int8"])
+    ladder_.add_argument(
+        "--rows", nargs="+", default=["long"], metavar="KIND", help="long, short, or a number of tokens"
+    )
+    ladder_.add_argument("--batch-size", nargs="+", type=_positive, default=[8], help="rows of an optimizer step")
+    ladder_.add_argument("--steps", type=_positive, default=1, help="timed optimizer steps of each rung")
+    ladder_.add_argument("--warm", type=_positive, default=1, help="steps before the clock starts")
+    _common(ladder_)
+    ladder_.set_defaults(run=ladder.run)
     return top
 
 
 def _common(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--batch-size", type=_positive, default=8, help="rows of an optimizer step")
     verb.add_argument("--threads", type=_positive, default=1)
     verb.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     verb.add_argument("--seed", type=int, default=0)

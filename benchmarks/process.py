@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,20 @@ from tunelet.errors import TuneletError  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRATCH = ROOT / "build" / "benchmarks"
+
+
+def scratch(options: Namespace) -> Path:
+    """The folder for checkpoints and logs, there and writable. Raises TuneletError where it cannot be."""
+    folder = Path(options.scratch or SCRATCH).resolve()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise TuneletError(
+            f"{folder} cannot be written to.", why=str(error), fix="Name a folder: --scratch FOLDER"
+        ) from error
+    show(f"checkpoints and logs: {folder}")
+    return folder
 
 
 def measure(spec: Mapping[str, Any], label: str) -> dict[str, Any]:

@@ -32,8 +32,8 @@ class Row:
 
 
 def make(kind: str, count: int, seed: int, vocabulary: int) -> list[Row]:
-    """`count` rows, in random order."""
-    spec, rng, rows = KINDS[kind], random.Random(f"{kind}-{seed}"), []
+    """`count` rows, in random order. kind: of KINDS, or a number of tokens that every row has ("512")."""
+    spec, rng, rows = KINDS.get(kind) or _of_length(int(kind)), random.Random(f"{kind}-{seed}"), []
     for _ in range(count):
         length = 0
         while not spec["least"] <= length <= spec["most"]:
@@ -42,6 +42,10 @@ def make(kind: str, count: int, seed: int, vocabulary: int) -> list[Row]:
         ids = tuple(rng.randrange(3, vocabulary) for _ in range(length))
         rows.append(Row(ids, max(1, length - round(trained * length))))
     return rows
+
+
+def _of_length(tokens: int) -> dict[str, Any]:
+    return {"median": tokens, "sigma": 0.0, "least": tokens, "most": tokens, "trained": 0.65}
 
 
 def by_length(rows: Sequence[Row], batch_size: int, seed: int) -> list[Row]:

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import process, rows, shapes
+from benchmarks import ours, process, rows, shapes
+from benchmarks.measure import machine, versions
 from benchmarks.process import show
 from tunelet.errors import TuneletError
 
@@ -29,10 +30,9 @@ RANK = 16
 def run(options: Namespace) -> int:
     """The verb: measures, writes options.json after every pair, prints the table."""
     names = contestants(options)
-    scratch = Path(options.scratch or process.SCRATCH).resolve()
-    scratch.mkdir(parents=True, exist_ok=True)
+    ours.recipe({**work(options), "device": options.device, "threads": options.threads, "model": "starter"})
+    scratch = process.scratch(options)
     base = {"device": options.device, "threads": options.threads, "scratch": str(scratch)}
-    show(f"scratch folder: {scratch}")
     model = process.measure({**base, "task": "checkpoint", "shape": options.shape}, "checkpoint")["model"]
     pairs: list[dict[str, Any]] = []
     result: dict[str, Any] = {}
@@ -86,7 +86,7 @@ def work(options: Namespace) -> dict[str, Any]:
         "batch_size": options.batch_size,
         "rank": RANK if options.method == "lora" else 0,
         "seed": options.seed,
-        "set": options.set,
+        "set": [*(["train.compile=on"] if options.compile else []), *options.set],
         "peer_set": dict(setting_of(pair) for pair in options.peer_set),
     }
 
@@ -106,8 +106,6 @@ def setting_of(pair: str) -> tuple[str, Any]:
 
 def setting(options: Namespace) -> dict[str, Any]:
     """What was measured on what, for the JSON."""
-    from benchmarks.measure import machine, versions
-
     return {
         "benchmark": "train",
         "method": options.method,
