@@ -22,7 +22,7 @@ from tunelet.errors import TuneletError
 from tunelet.models import device, head
 from tunelet.recipe import Recipe
 from tunelet.runs.record import Run
-from tunelet.train import checkpoint, plan, progress, step
+from tunelet.train import checkpoint, progress, step
 
 
 @dataclass(frozen=True)
@@ -100,11 +100,9 @@ def train(
     eval_rows: Sequence[Tokens],
     choice: device.Choice,
     console: Any,
-    stored_dtype: str | None = None,
 ) -> Trained:
     """Train `model` in place on `train_rows`; on return its weights are the final (with early stopping: the best) ones.
 
-    stored_dtype: what the caller will store them in (None: as they are), for the prediction of the disk's use.
     Goes on from the run's newest checkpoint where there is one. Raises Interrupted after Ctrl-C (a checkpoint is
     saved), TuneletError where the loss is no longer a number or the disk fails; the last checkpoint then stays whole.
     """
@@ -141,16 +139,11 @@ def train(
 
     model.train()
     enough = settings.early_stopping and now.evaluations_without_better >= settings.early_stopping
-    with (
-        progress.stop_signals() as stop,
-        progress.bar(console, total, now.step) as bar,
-        plan.Forecast(recipe, run, model, train_rows, choice, total, stored_dtype) as forecast,
-    ):
-        if now.step == 0 and eval_rows:
-            started = time.perf_counter()
-            evaluate()
-            forecast.evaluation = time.perf_counter() - started
+    with progress.stop_signals() as stop, progress.bar(console, total, now.step) as bar:
         clock = _Clock(now)
+        if now.step == 0 and eval_rows:
+            evaluate()
+            clock.tick(now, 0)
         for rows in step_rows(train_rows, recipe, now.step, total if not enough else 0):
             done = stepper(rows, now.step, total)
             if not (math.isfinite(done.loss) and math.isfinite(done.norm)):
@@ -161,7 +154,7 @@ def train(
                 now.window_loss + done.loss * done.targets,
                 now.window_targets + done.targets,
             )
-            forecast.step(now.step, clock.tick(now, done.tokens), done.tokens, now.seconds)
+            clock.tick(now, done.tokens)
             bar.advance(now.step, now.window_loss / now.window_targets, now.window)
             if now.step % settings.log_steps == 0 or now.step == total:
                 row = _log_row(now, done, choice)
@@ -179,6 +172,7 @@ def train(
                 or stop.asked
             ):
                 save()
+                clock.tick(now, 0)
             if not go_on:
                 break
             if stop.asked and now.step < total:
@@ -192,12 +186,12 @@ def train(
 
 
 class _Clock:
-    """Adds the time that has passed to the counters, and returns it."""
+    """Adds the time that has passed to the counters."""
 
     def __init__(self, now: Progress):
         self.wall, self.cpu = time.perf_counter(), time.process_time()
 
-    def tick(self, now: Progress, tokens: int) -> float:
+    def tick(self, now: Progress, tokens: int) -> None:
         wall, cpu = time.perf_counter(), time.process_time()
         passed = wall - self.wall
         now.seconds += passed
@@ -206,7 +200,6 @@ class _Clock:
             now.window["seconds"] += passed
             now.window["cpu_seconds"] += cpu - self.cpu
         self.wall, self.cpu = wall, cpu
-        return passed
 
 
 def _log_row(now: Progress, done: step.Done, choice: device.Choice) -> dict[str, Any]:

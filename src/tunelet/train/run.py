@@ -200,7 +200,6 @@ def train_and_save(recipe: Recipe, run: Run, prepared: Prepared, model: Any, cho
             eval_rows=prepared.eval_rows,
             choice=choice,
             console=console,
-            stored_dtype=dtype,
         )
         with run.folder_in_the_making("adapter" if hasattr(model, "peft_config") else "model") as folder:
             stops = prepared.renderer.stop_ids if recipe.method != "pretrain" else ()
