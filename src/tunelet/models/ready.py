@@ -9,10 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 from tunelet.errors import TuneletError
+from tunelet.models import layers
 
 
 def make_ready(model: Any, *, checkpointing: bool = False) -> Any:
-    """`model`, changed in place. Raises TuneletError where its code does not allow checkpointing."""
+    """`model`, with its adapter, changed in place. Raises TuneletError where its code does not allow checkpointing."""
+    layers.speed_up(model)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if checkpointing:
         if not base.supports_gradient_checkpointing:
