@@ -8,7 +8,7 @@ narrower than fp32 is rounded stochastically (train/rounding.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch.optim.adamw import adamw
@@ -155,10 +155,7 @@ class AdamW:
             return
         bucket, i = self._place[p]
         narrow = self.state_dtype != "float32"
-        if bucket.accumulated is None:
-            # fp32, because micro-batches must not be added up in bf16; where memory is what counts, bf16 unbiased
-            dtype = torch.bfloat16 if narrow else torch.float32
-            bucket.accumulated = torch.zeros(bucket.n, dtype=dtype, device=p.device)
+        self._make_sum(bucket)
         start = sum(bucket.sizes[:i])
         for a in range(0, p.numel(), CHUNK_ELEMENTS):
             grad = p.grad.reshape(-1)[a : a + CHUNK_ELEMENTS]
@@ -168,6 +165,25 @@ class AdamW:
             else:
                 total.add_(grad)
         p.grad = None
+
+    def _make_sum(self, bucket: _Bucket) -> None:
+        if bucket.accumulated is None:
+            # fp32, because micro-batches must not be added up in bf16; where memory is what counts, bf16 unbiased
+            dtype = torch.float32 if self.state_dtype == "float32" else torch.bfloat16
+            bucket.accumulated = torch.zeros(bucket.n, dtype=dtype, device=bucket.parameters[0].device)
+
+    @torch.no_grad()
+    def add_up(self, sum_over_processes: Callable[[torch.Tensor], None]) -> None:
+        """The accumulated gradients become those of all processes; one that accumulated nothing counts as zero."""
+        for i, bucket in enumerate(self.buckets):
+            self._make_sum(bucket)
+            generator = self._generator(i)
+            for a, b in bucket.chunks():
+                part = bucket.accumulated[a:b]
+                whole = part.float()  # an fp32 sum itself; a bf16 one is added up in fp32
+                sum_over_processes(whole)
+                if whole.dtype != part.dtype:
+                    part.copy_(rounding.to_bfloat16(whole, generator))
 
     def accumulate(self, number: int) -> None:
         """Say before the backward of each micro-batch but one that is the whole step which it is, from 0 on: its

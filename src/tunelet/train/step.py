@@ -18,7 +18,7 @@ from tunelet.data.examples import Batch, Tokens
 from tunelet.errors import TuneletError
 from tunelet.methods import losses
 from tunelet.recipe import Recipe, TrainSection
-from tunelet.train import schedule
+from tunelet.train import distributed, schedule
 from tunelet.train.optimizer import AdamW
 
 
@@ -82,21 +82,25 @@ class Stepper:
 
     def __call__(self, rows: Sequence[Tokens], step: int, total: int) -> Done:
         """Raises TuneletError where no row has a trained token. Nothing is updated where loss or norm is not finite."""
-        settings = self.recipe.train
-        batches = [pack.make_batch(part) for part in micro_batches(rows, settings)]
-        targets = sum(len(batch.targets) for batch in batches)
+        settings, world = self.recipe.train, distributed.world()
+        targets = sum(row.trained for row in rows)
         if not targets:
             raise TuneletError(
                 f"Step {step + 1} has no trained token.",
-                why=f"no token of {batches[0].origins[0]} is a target",
+                why=f"no token of {rows[0].origin} is a target",
                 fix="Drop rows without an answer: tunelet data doctor.",
             )
-        torch.manual_seed(settings.seed * 1_000_003 + step)  # dropout, a function of (seed, step)
+        # dropout, a function of (seed, step, process)
+        torch.manual_seed(settings.seed * 1_000_003 + step + (world.rank << 40))
+        batches = [pack.make_batch(part) for part in micro_batches(world.mine(rows), settings)]
         loss = 0.0
         for number, batch in enumerate(batches):
-            if len(batches) > 1:
+            if len(batches) > 1 or world.size > 1:
                 self.optimizer.accumulate(number)
             loss += self._backward(batch.to(self.device), targets)
+        if world.size > 1:
+            self.optimizer.add_up(world.add_up)
+            loss = world.sums(loss)[0]
         rate = schedule.learning_rate(
             step,
             total,
@@ -106,7 +110,7 @@ class Stepper:
             min_ratio=settings.min_lr_ratio,
         )
         norm = self.optimizer.step(rate, settings.max_grad_norm) if math.isfinite(loss) else loss
-        return Done(loss, norm, rate, sum(batch.tokens for batch in batches), targets)
+        return Done(loss, norm, rate, sum(len(row.ids) for row in rows), targets)
 
     def _backward(self, batch: Batch, targets: int) -> float:
         part = self.loss_of(self.model, batch, targets)
