@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from benchmarks import ladder, process, rows, shapes, train
+from benchmarks import ladder, plot, process, report, rows, shapes, train
 from tunelet.errors import TuneletError
 
 
@@ -43,6 +43,17 @@ def parser() -> argparse.ArgumentParser:
     ladder_.add_argument("--warm", type=_positive, default=1, help="steps before the clock starts")
     _common(ladder_)
     ladder_.set_defaults(run=ladder.run)
+
+    for name, module, told in (
+        ("report", report, "the tables of docs/benchmarks.md, from the results beside it"),
+        ("plot", plot, "pictures of the results"),
+    ):
+        verb = verbs.add_parser(name, help=told)
+        verb.add_argument("--results", default=str(report.RESULTS), metavar="FOLDER")
+        if name == "report":
+            verb.add_argument("--page", default=str(report.PAGE), metavar="FILE")
+            verb.add_argument("--check", action="store_true", help="write nothing; exit 1 where the page is old")
+        verb.set_defaults(run=module.run)
     return top
 
 

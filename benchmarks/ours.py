@@ -55,23 +55,24 @@ def sft(
         mask = (False,) * row.prompt + (True,) * (len(row.ids) - row.prompt)
         return Tokens(row.ids, mask, ((0, len(row.ids), "text"),), Origin("benchmark", 1))
 
-    def run(rows: Sequence[rows_.Row], first: int) -> float:
-        """The last loss."""
+    losses: list[float] = []
+
+    def run(rows: Sequence[rows_.Row], first: int) -> None:
         made, total = [tokens(row) for row in rows], (len(warm) + len(timed)) // spec["batch_size"]
         order = pack.batches([len(row.ids) for row in made], spec["batch_size"], spec["seed"], 0)
         for number, members in enumerate(order, first):
             done = stepper([made[i] for i in members], number, total)
+            losses.append(done.loss)
             tell(f"step {number + 1} of {total}")
-        return done.loss
 
     run(warm, 0)
     clock = Clock(choice.device)
     clock.start()
-    loss = run(timed, len(warm) // spec["batch_size"])
+    run(timed, len(warm) // spec["batch_size"])
     reading = clock.stop()
     trained = [p for p in model.parameters() if p.requires_grad]
     facts = {
-        "loss": loss,
+        "loss": sum(losses) / len(losses),
         "weights": choice.dtype,
         "trained_parameters": sum(p.numel() for p in trained),
         "trained_dtype": str(trained[0].dtype).removeprefix("torch."),

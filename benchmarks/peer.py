@@ -7,11 +7,12 @@ only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import rows as rows_
+from benchmarks import shapes
 from benchmarks.measure import Clock, Reading
 
 # What every run needs and no step depends on. "sequential": rows come in the order this benchmark put them in, which is
@@ -24,45 +25,87 @@ PLUMBING = {
     "num_train_epochs": 1,
 }
 
-# settings: of SFTConfig; bucketed: the rows come grouped by length, as train_sampling_strategy="group_by_length" would
-# at its best. Found by trying (docs/benchmarks.md): bf16 weights without autocast, nothing recomputed.
+# What is told of the trainer's settings, beside everything it was given.
+SHOWN = (
+    "bf16",
+    "gradient_checkpointing",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "torch_compile",
+    "padding_free",
+)
+
+# settings: of SFTConfig and DPOConfig. micro: rows of one forward and backward; the rest of a step is accumulated.
+# bucketed: the rows come grouped by length, as well as train_sampling_strategy="group_by_length" could.
+# "trl-best" was found by trying (docs/benchmarks.md).
 SETTINGS: dict[str, dict[str, Any]] = {
-    "trl-default": {"settings": {}, "bucketed": False},
+    "trl-default": {"settings": {}, "micro": 0, "bucketed": False},
     "trl-best": {
-        "settings": {
-            "model_init_kwargs": {"dtype": "bfloat16"},
-            "bf16": False,
-            "gradient_checkpointing": False,
-        },
+        "settings": {"model_init_kwargs": {"dtype": "bfloat16"}, "bf16": False, "gradient_checkpointing": False},
+        "micro": 2,
         "bucketed": True,
     },
 }
 
 
+def settings(variant: str, batch_size: int, given: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings of a variant for a step of `batch_size` rows; `given` (--peer-set) comes last."""
+    chosen = SETTINGS[variant]
+    micro = chosen["micro"] if chosen["micro"] and batch_size % chosen["micro"] == 0 else batch_size
+    split = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": batch_size // micro}
+    return {**split, **chosen["settings"], **given}
+
+
 def sft(
     spec: dict[str, Any], warm: Sequence[rows_.Row], timed: Sequence[rows_.Row], tell: Callable[[str], None]
 ) -> tuple[Reading, dict[str, Any]]:
-    """Trains on `warm`, then on `timed`; the reading is of the latter. spec: see worker.py; "variant" of SETTINGS."""
+    """Trains on `warm`, then on `timed`; the reading is of the latter. spec: see worker.py."""
+    from trl import SFTConfig, SFTTrainer
+
+    def columns(rows: Sequence[rows_.Row]) -> dict[str, list[Any]]:
+        return {
+            "input_ids": [list(row.ids) for row in rows],
+            "labels": [[-100] * row.prompt + list(row.ids[row.prompt :]) for row in rows],
+        }
+
+    return _train(SFTTrainer, SFTConfig, columns, spec, warm, timed, tell)
+
+
+def dpo(
+    spec: dict[str, Any], warm: Sequence[rows_.Row], timed: Sequence[rows_.Row], tell: Callable[[str], None]
+) -> tuple[Reading, dict[str, Any]]:
+    """The same on preferences. TRL tokenises these itself, before its clock starts: words here are names of ids."""
+    from trl import DPOConfig, DPOTrainer
+
+    def columns(rows: Sequence[rows_.Row]) -> dict[str, list[Any]]:
+        def text(ids: Sequence[int]) -> str:
+            return " ".join(f"t{number}" for number in ids)
+
+        return {
+            "prompt": [text(row.ids[: row.prompt]) + " " for row in rows],
+            "chosen": [text(row.ids[row.prompt : -1]) + "<eos>" for row in rows],
+            "rejected": [text(row.rejected[:-1]) + "<eos>" for row in rows],
+        }
+
+    return _train(DPOTrainer, DPOConfig, columns, spec, warm, timed, tell)
+
+
+def _train(
+    trainer_class: Any,
+    config_class: Any,
+    columns: Callable[[Sequence[rows_.Row]], dict[str, list[Any]]],
+    spec: dict[str, Any],
+    warm: Sequence[rows_.Row],
+    timed: Sequence[rows_.Row],
+    tell: Callable[[str], None],
+) -> tuple[Reading, dict[str, Any]]:
     import torch
     from datasets import Dataset
     from transformers import TrainerCallback
-    from trl import SFTConfig, SFTTrainer
 
-    variant = SETTINGS[spec["variant"]]
-    settings = {**variant["settings"], **spec["peer_set"]}
     batch = spec["batch_size"]
-    per_step = settings.get("per_device_train_batch_size", batch) * settings.get("gradient_accumulation_steps", 1)
-    if per_step != batch:
-        raise SystemExit(f"{per_step} rows a step, not {batch}")
-    settings.setdefault("per_device_train_batch_size", batch)
-    if variant["bucketed"]:
+    if SETTINGS[spec["variant"]]["bucketed"]:
         timed = rows_.by_length(timed, batch, spec["seed"])
-    data = Dataset.from_dict(
-        {
-            "input_ids": [list(row.ids) for row in (*warm, *timed)],
-            "labels": [[-100] * row.prompt + list(row.ids[row.prompt :]) for row in (*warm, *timed)],
-        }
-    )
     warm_steps, steps = len(warm) // batch, (len(warm) + len(timed)) // batch
     clock, got = Clock(spec["device"]), {}
 
@@ -74,44 +117,31 @@ def sft(
             if state.global_step == steps:
                 got["reading"] = clock.stop()
 
-    config = SFTConfig(
-        output_dir=str(Path(spec["scratch"]) / "peer-output"),
-        use_cpu=spec["device"] == "cpu",
-        seed=spec["seed"],
-        **PLUMBING,
-        **settings,
-    )
-    trainer = SFTTrainer(
+    trainer = trainer_class(
         model=spec["model"],
-        args=config,
-        train_dataset=data,
-        processing_class=_tokenizer(),
+        args=config_class(
+            output_dir=str(Path(spec["scratch"]) / "peer-output"),
+            use_cpu=spec["device"] == "cpu",
+            seed=spec["seed"],
+            **PLUMBING,
+            **settings(spec["variant"], batch, spec["peer_set"]),
+        ),
+        train_dataset=Dataset.from_dict(columns([*warm, *timed])),
+        processing_class=_tokenizer(shapes.SHAPES[spec["shape"]]["vocab_size"]),
         peft_config=_lora(spec["rank"]) if spec["rank"] else None,
         callbacks=[Times()],
     )
     trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     trained = [p for p in trainer.model.parameters() if p.requires_grad]
     facts = {
-        "loss": losses[-1] if losses else trainer.state.log_history[-1].get("train_loss"),
+        "loss": next(entry["train_loss"] for entry in trainer.state.log_history if "train_loss" in entry),
         "weights": str(next(trainer.model.parameters()).dtype).removeprefix("torch."),
         "trained_parameters": sum(p.numel() for p in trained),
         "trained_dtype": str(trained[0].dtype).removeprefix("torch."),
-        "settings": {
-            name: getattr(trainer.args, name)
-            for name in (
-                "bf16",
-                "gradient_checkpointing",
-                "per_device_train_batch_size",
-                "gradient_accumulation_steps",
-                "torch_compile",
-                "padding_free",
-                "packing",
-            )
-        },
+        "settings": {name: getattr(trainer.args, name) for name in SHOWN},
         "attention": trainer.model.config._attn_implementation,
         "threads": torch.get_num_threads(),
-        "optimizer": str(trainer.args.optim).split(".")[-1].lower(),
+        "optimizer": str(trainer.args.optim.value),
     }
     return got["reading"], facts
 
@@ -123,12 +153,15 @@ def _lora(rank: int) -> Any:
     return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-def _tokenizer() -> Any:
-    """TRL asks for one, for its padding token; the rows are tokenised already."""
-    from tokenizers import Tokenizer, models
+def _tokenizer(vocabulary: int) -> Any:
+    """TRL asks for one: token n is the word "tn"; 0, 1 and 2 are padding, end and unknown."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1, "<unk>": 2}, unk_token="<unk>"))
+    special = {"<pad>": 0, "<eos>": 1, "<unk>": 2}
+    words = models.WordLevel(special | {f"t{n}": n for n in range(3, vocabulary)}, unk_token="<unk>")
+    tokenizer = Tokenizer(words)
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", bos_token="<eos>"
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", bos_token="<eos>"
     )

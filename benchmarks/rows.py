@@ -25,14 +25,24 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """ids: tokens of one conversation; the first `prompt` of them are not trained."""
+    """ids: tokens of one conversation; the first `prompt` of them are not trained. rejected: of a preference, the other
+    answer to the same prompt."""
 
     ids: tuple[int, ...]
     prompt: int
+    rejected: tuple[int, ...] = ()
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence that is scored: prompt and answer, and of a preference prompt and rejected answer."""
+        return [len(self.ids), *([self.prompt + len(self.rejected)] if self.rejected else [])]
 
 
-def make(kind: str, count: int, seed: int, vocabulary: int) -> list[Row]:
-    """`count` rows, in random order. kind: of KINDS, or a number of tokens that every row has ("512")."""
+def make(kind: str, count: int, seed: int, vocabulary: int, preferences: bool = False) -> list[Row]:
+    """`count` rows, in random order. kind: of KINDS, or a number of tokens that every row has ("512").
+
+    preferences: with a rejected answer as long as the chosen one, give or take a fifth.
+    """
     spec, rng, rows = KINDS.get(kind) or _of_length(int(kind)), random.Random(f"{kind}-{seed}"), []
     for _ in range(count):
         length = 0
@@ -40,7 +50,9 @@ def make(kind: str, count: int, seed: int, vocabulary: int) -> list[Row]:
             length = round(spec["median"] * rng.lognormvariate(0.0, spec["sigma"]))
         trained = rng.uniform(spec["trained"] - 0.15, spec["trained"] + 0.15)
         ids = tuple(rng.randrange(3, vocabulary) for _ in range(length))
-        rows.append(Row(ids, max(1, length - round(trained * length))))
+        prompt = max(1, length - round(trained * length))
+        other = round((length - prompt) * rng.uniform(0.8, 1.2)) if preferences else 0
+        rows.append(Row(ids, prompt, tuple(rng.randrange(3, vocabulary) for _ in range(other))))
     return rows
 
 
@@ -58,12 +70,12 @@ def by_length(rows: Sequence[Row], batch_size: int, seed: int) -> list[Row]:
 
 def count(rows: Sequence[Row]) -> dict[str, Any]:
     """What is said of rows in results: how many, tokens, targets, lengths, and a digest to tell that they are equal."""
-    lengths = [len(row.ids) for row in rows]
-    content = json.dumps(sorted((row.ids, row.prompt) for row in rows)).encode()
+    lengths = [length for row in rows for length in row.lengths]
+    content = json.dumps(sorted((row.ids, row.prompt, row.rejected) for row in rows)).encode()
     return {
         "rows": len(rows),
         "tokens": sum(lengths),
-        "targets": sum(len(row.ids) - row.prompt for row in rows),
+        "targets": sum(length - row.prompt for row in rows for length in row.lengths),
         "shortest": min(lengths),
         "longest": max(lengths),
         "mean_length": sum(lengths) / len(lengths),

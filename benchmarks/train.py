@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import ours, process, rows, shapes
+from benchmarks import ours, peer, process, rows, shapes
 from benchmarks.measure import machine, versions
 from benchmarks.process import show
 from tunelet.errors import TuneletError
@@ -30,7 +30,8 @@ RANK = 16
 def run(options: Namespace) -> int:
     """The verb: measures, writes options.json after every pair, prints the table."""
     names = contestants(options)
-    ours.recipe({**work(options), "device": options.device, "threads": options.threads, "model": "starter"})
+    if OURS in names:
+        ours.recipe({**work(options), "device": options.device, "threads": options.threads, "model": "starter"})
     scratch = process.scratch(options)
     base = {"device": options.device, "threads": options.threads, "scratch": str(scratch)}
     model = process.measure({**base, "task": "checkpoint", "shape": options.shape}, "checkpoint")["model"]
@@ -45,7 +46,7 @@ def run(options: Namespace) -> int:
             spec = {**base, **work(options), "task": "step", "model": model, "contestant": name, "variant": name}
             pair[name] = process.measure(spec, f"{at}, {name}")
             show(f"{at}, {name}: {line(pair[name], gemm)}")
-        check_same_rows([pair[name] for name in names])
+        check_same_work([pair[name] for name in names])
         pairs.append(pair)
         result = {**setting(options), **summary(pairs, names), "pairs": pairs}
         if options.json:
@@ -56,10 +57,6 @@ def run(options: Namespace) -> int:
 
 def contestants(options: Namespace) -> list[str]:
     """Who is measured. Raises TuneletError where the method is not there yet or the peer is not installed."""
-    if options.method == "dpo":
-        raise TuneletError(
-            "tunelet does not train with dpo yet.", why="the method is not written", fix="Measure sft or lora."
-        )
     if options.peer and importlib.util.find_spec(options.peer) is None:
         raise TuneletError(
             f"{options.peer} is not installed.",
@@ -72,6 +69,22 @@ def contestants(options: Namespace) -> list[str]:
         if unknown:
             raise TuneletError(f"There is no contestant {unknown[0]} here.", fix=f"There are {', '.join(chosen)}.")
         chosen = [name for name in chosen if name in options.only]
+    given = work(options)["peer_set"]
+    for name in chosen[1:] if OURS in chosen else chosen:
+        settings = peer.settings(name, options.batch_size, given)
+        rows_of_step = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"]
+        if rows_of_step != options.batch_size:
+            raise TuneletError(
+                f"--peer-set makes a step of {rows_of_step} rows, and tunelet's has {options.batch_size}.",
+                why="per_device_train_batch_size x gradient_accumulation_steps is the step's size",
+                fix="Set both, or --batch-size.",
+            )
+    if options.method == "dpo" and OURS in chosen:
+        raise TuneletError(
+            "tunelet does not train with dpo yet.",
+            why="the method is not written",
+            fix="Measure sft or lora, or the peer alone: --method dpo --peer trl --only trl-default",
+        )
     return chosen
 
 
@@ -162,11 +175,15 @@ def summary(pairs: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, 
     return out
 
 
-def check_same_rows(results: Sequence[dict[str, Any]]) -> None:
-    """Raises AssertionError where two contestants were timed on different rows: the benchmark itself is wrong then."""
+def check_same_work(results: Sequence[dict[str, Any]]) -> None:
+    """Raises AssertionError where two contestants trained on different rows, or lost differently on them (more than 2 %
+    of the mean over their first steps): the benchmark itself is wrong then."""
     digests = {result["timed"]["digest"] for result in results}
+    losses = [result["facts"]["loss"] for result in results]
     if len(digests) > 1:
         raise AssertionError(f"contestants were timed on different rows: {digests}")
+    if max(losses) - min(losses) > 0.02 * abs(max(losses)):
+        raise AssertionError(f"contestants lost differently on the same rows: {losses}")
 
 
 def line(result: dict[str, Any], gemm: dict[str, float]) -> str:

@@ -28,14 +28,18 @@ def contestants() -> dict[str, dict[str, Callable[..., Any]]]:
     """method -> contestant -> function(spec, warm, timed, tell) -> (Reading, facts)."""
     from benchmarks import ours, peer
 
-    return {"sft": {"tunelet": ours.sft, "trl-default": peer.sft, "trl-best": peer.sft}}
+    return {
+        "sft": {"tunelet": ours.sft, "trl-default": peer.sft, "trl-best": peer.sft},
+        "dpo": {"trl-default": peer.dpo, "trl-best": peer.dpo},
+    }
 
 
 def step(spec: dict[str, Any], tell: Callable[[str], None]) -> dict[str, Any]:
     """The figures of one contestant; see `figures` for the keys."""
     vocabulary = shapes.SHAPES[spec["shape"]]["vocab_size"]
-    every = rows.make(spec["rows"], (spec["warm"] + spec["steps"]) * spec["batch_size"], spec["seed"], vocabulary)
-    warm, timed = every[: spec["warm"] * spec["batch_size"]], every[spec["warm"] * spec["batch_size"] :]
+    first, count = spec["warm"] * spec["batch_size"], (spec["warm"] + spec["steps"]) * spec["batch_size"]
+    every = rows.make(spec["rows"], count, spec["seed"], vocabulary, preferences=spec["method"] == "dpo")
+    warm, timed = every[:first], every[first:]
     reading, facts = contestants()[spec["method"]][spec["contestant"]](spec, warm, timed, tell)
     return figures(spec, timed, reading, facts)
 
@@ -46,7 +50,8 @@ def figures(
     """Rates from a reading. On a GPU "cpu_seconds" in the rates is the clock's time: its work is not the CPU's."""
     counted = rows.count(timed)
     seconds = reading.wall if spec["device"] == "cuda" else reading.cpu
-    work = shapes.flops(spec["shape"], [len(row.ids) for row in timed], counted["targets"], spec["rank"])
+    lengths = [length for row in timed for length in row.lengths]
+    work = shapes.flops(spec["shape"], lengths, counted["targets"], spec["rank"])
     return {
         "contestant": spec["contestant"],
         "tokens_per_cpu_second": counted["tokens"] / seconds,

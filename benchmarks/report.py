@@ -1,0 +1,127 @@
+"""`python -m benchmarks report`: the tables of docs/benchmarks.md, made again from the JSON files beside it. No figure
+in that page is typed by hand.
+
+A table stands between two marks, which stay: <!-- train: a.json b.json --> or <!-- ladder: ladder.json -->, and
+<!-- end -->. Files are of docs/benchmarks/; one that is not there yet gives the command that makes it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import process
+from benchmarks.process import show
+from tunelet.errors import TuneletError
+
+PAGE = process.ROOT / "docs" / "benchmarks.md"
+RESULTS = process.ROOT / "docs" / "benchmarks"
+BLOCK = re.compile(r"(<!-- (train|ladder): ([\w. -]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+NAMES = {"tunelet": "tunelet", "trl-default": "TRL, its defaults", "trl-best": "TRL, best CPU settings"}
+
+
+def run(options: Namespace) -> int:
+    """The verb. With options.check nothing is written, and the exit code is 1 where the page is not up to date."""
+    page, results = Path(options.page), Path(options.results)
+    try:
+        old = page.read_text(encoding="utf-8")
+    except OSError as error:
+        raise TuneletError(f"{page} cannot be read.", why=str(error), fix="Name the page: --page FILE") from error
+    new = fill(old, results)
+    if options.check:
+        show(f"{page} is {'up to date' if new == old else 'not up to date: python -m benchmarks report'}")
+        return 0 if new == old else 1
+    page.write_text(new, encoding="utf-8")
+    show(f"{page}: {len(BLOCK.findall(old))} tables")
+    return 0
+
+
+def fill(text: str, results: Path) -> str:
+    """`text` with every table between marks made again."""
+
+    def block(found: re.Match[str]) -> str:
+        made = {"train": train_table, "ladder": ladder_table}[found[2]]
+        files = [results / name for name in found[3].split()]
+        here = [(file.name, load(file)) for file in files if file.exists()]
+        missing = [f"`{file.name}` has not been measured yet." for file in files if not file.exists()]
+        parts = [made(here)] if here else []
+        return found[1] + "\n" + "\n\n".join([*parts, *missing]) + "\n\n" + found[4]
+
+    return BLOCK.sub(block, text)
+
+
+def load(file: Path) -> dict[str, Any]:
+    """A results file. Raises TuneletError where it is not one."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if content.get("benchmark") in ("train", "ladder"):
+            return content
+        why = "it has no benchmark in it"
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        why = str(error)
+    raise TuneletError(
+        f"{file} holds no results of a benchmark.", why=why, fix="Make it again: see docs/benchmarks.md."
+    )
+
+
+def train_table(files: Sequence[tuple[str, dict[str, Any]]]) -> str:
+    """Markdown: one line for each contestant of each file, and under it what it was measured on."""
+    cuda = all(content["device"] == "cuda" for _, content in files)
+    unit = "s" if cuda else "CPU-s"
+    head = f"| Method, rows | | tokens/{unit} | tunelet is | % of bf16 peak | peak MB | memory of tunelet is |"
+    lines = [head, "|---|---|--:|--:|--:|--:|--:|"]
+    for _, content in files:
+        ours = content["contestants"].get("tunelet")
+        what = f"{METHODS[content['method']]}, {content['work']['rows']}"
+        if "train.compile=on" in content["work"]["set"]:
+            what += ", compiled"
+        for name, got in content["contestants"].items():
+            speed = memory = ""
+            if ours and name != "tunelet":
+                key = {"trl-default": "default", "trl-best": "best"}[name]
+                speed = f"**{content[f'ratio_{key}']:.2f}x**"
+                memory = f"{content['peak_ratio' if key == 'default' else 'peak_ratio_best']:.2f}x"
+            lines.append(
+                f"| {what} | {NAMES[name]} | {got['tokens_per_cpu_second']:,.0f} | {speed} "
+                f"| {100 * got['gemm_fraction']:.0f} | {got['peak_mb']:,.0f} | {memory} |"
+            )
+            what = ""
+    notes = dict.fromkeys(_conditions(content) for _, content in files)
+    return "\n".join(lines) + "\n\n" + "\n".join(notes)
+
+
+METHODS = {"sft": "SFT, all weights", "lora": "LoRA r=16", "dpo": "DPO"}
+
+
+def _conditions(content: dict[str, Any]) -> str:
+    v, threads = content["versions"], content["threads"]
+    on = "one GPU" if content["device"] == "cuda" else f"{threads} thread{'s' if threads > 1 else ''}"
+    return (
+        f"{content['work']['shape']} shape, {on} of {content['machine']['cpu']}, "
+        f"bf16 product {content['gemm_gflops_per_cpu_second']:.0f} GFLOP/CPU-s, "
+        f"median of {content['pairs_done']} pair{'s' if content['pairs_done'] > 1 else ''} "
+        f"of {content['work']['steps']} steps, torch {v['torch']}, transformers {v['transformers']}, "
+        f"peft {v['peft']}" + (f", trl {v['trl']}" if content["peer"] else "") + f"; {content['time'][:10]}."
+    )
+
+
+def ladder_table(files: Sequence[tuple[str, dict[str, Any]]]) -> str:
+    """Markdown: one line for each rung."""
+    lines = [
+        "| Shape | Trained | Tokens of a row | Rows of a step | tokens/CPU-s | % of bf16 peak | peak MB |",
+        "|---|---|---|--:|--:|--:|--:|",
+    ]
+    for _, content in files:
+        for rung in content["rungs"]:
+            kind = rung["rows"]
+            mean = "" if kind.isdigit() else f" ({rung['timed']['mean_length']:.0f})"
+            rate = rung["tokens_per_cpu_second"]
+            lines.append(
+                f"| {rung['shape']} | {rung['mode']} | {kind}{mean} | {rung['batch_size']} "
+                f"| {rate:,.0f} | {100 * rung['gemm_fraction']:.0f} | {rung['peak_mb']:,.0f} |"
+            )
+    return "\n".join(lines)
