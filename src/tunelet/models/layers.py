@@ -1,4 +1,4 @@
-"""RMSNorm and gated MLPs of any transformers model computed with fewer passes and fewer saved activations.
+"""RMSNorm, gated MLPs and LoRA of any transformers model computed with fewer passes and fewer saved activations.
 
 Not a model: a module of the model keeps its weights and its class (a subclass of it takes its place), and is left as it
 is unless the faster form gives the same numbers on random input. What is saved for the backward: of a norm its input
@@ -46,44 +46,86 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class _Gated(torch.autograd.Function):
-    """act(gate) * up, [..., n] each; the backward computes act again, so that only the two inputs are kept."""
+    """act(gate) * up, [..., n] each; only the two inputs are kept. `again` is filled in the backward, by whoever comes
+    first: what follows needs the product, this the activation."""
 
     @staticmethod
-    def forward(ctx, gate, up, act):
+    def forward(ctx, gate, up, again):
         ctx.save_for_backward(gate, up)
-        ctx.act = act
-        return act(gate) * up
+        ctx.again = again
+        return again.act(gate) * up
 
     @staticmethod
     def backward(ctx, grad):
         gate, up = ctx.saved_tensors
-        with torch.enable_grad():
-            gate = gate.detach().requires_grad_()
-            active = ctx.act(gate)
-        (d_gate,) = torch.autograd.grad(active, gate, grad * up)
+        leaf, active = ctx.again.activation(gate)
+        (d_gate,) = torch.autograd.grad(active, leaf, grad * up)
         return d_gate, grad * active.detach(), None
+
+
+class _Again:
+    """The activation of one call of a gated MLP, made again in its backward and let go of after that."""
+
+    def __init__(self, act: Callable[[torch.Tensor], torch.Tensor]):
+        self.act, self.made = act, None
+
+    def activation(self, gate: torch.Tensor, keep: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """(leaf, act(leaf)) with a graph between them."""
+        made, self.made = self.made, None
+        if made is None:
+            with torch.enable_grad():
+                leaf = gate.detach().requires_grad_()
+                made = leaf, self.act(leaf)
+        if keep:
+            self.made = made
+        return made
 
 
 def _down(project: Callable[[torch.Tensor], torch.Tensor], gate: torch.Tensor, up: torch.Tensor, act: Any) -> Any:
     """project(act(gate) * up), whose input is not kept for the backward but made again from gate and up."""
-    product = _Gated.apply(gate, up, act)
-    if not torch.is_grad_enabled():
+    again = _Again(act)
+    product = _Gated.apply(gate, up, again)
+    if not product.requires_grad:
         return project(product)
-    where, shape, dtype = product.data_ptr(), product.shape, product.dtype
+    where, size, dtype = product.data_ptr(), product.numel(), product.dtype
 
     def pack(saved: torch.Tensor) -> Any:
-        same = saved.data_ptr() == where and saved.numel() == product_size and saved.dtype == dtype
+        same = saved.data_ptr() == where and saved.numel() == size and saved.dtype == dtype
         return saved.shape if same else saved
 
     def unpack(kept: Any) -> torch.Tensor:
         if isinstance(kept, torch.Tensor):
             return kept
         with torch.no_grad():
-            return (act(gate) * up).view(kept)
+            return (again.activation(gate, keep=True)[1] * up).view(kept)
 
-    product_size = shape.numel()
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         return project(product)
+
+
+class _AddLowRank(torch.autograd.Function):
+    """result += scaling * (x A^T) B^T in one pass over result, which is changed in place. result: [..., out],
+    x: [..., in], A: [r, in], B: [out, r]."""
+
+    @staticmethod
+    def forward(ctx, result, x, a, b, scaling):
+        rows = x.flatten(0, -2)
+        low = torch.mm(rows, a.t()).mul_(scaling)
+        result.view(-1, result.shape[-1]).addmm_(low, b.t())
+        ctx.save_for_backward(x, a, b, low)
+        ctx.scaling = scaling
+        ctx.mark_dirty(result)
+        return result
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, a, b, low = ctx.saved_tensors
+        rows, out = x.flatten(0, -2), grad.reshape(-1, grad.shape[-1])
+        d_low = torch.mm(out, b).mul_(ctx.scaling)
+        d_x = torch.mm(d_low, a).view_as(x) if ctx.needs_input_grad[1] else None
+        d_a = torch.mm(d_low.t(), rows) if ctx.needs_input_grad[2] else None
+        d_b = torch.mm(low.t(), out).t() if ctx.needs_input_grad[3] else None
+        return grad, d_x, d_a, d_b, None
 
 
 class FastNorm:
@@ -108,6 +150,21 @@ class FastFusedGatedMLP:
         return _down(self.down_proj, gate, up, self.activation_fn)
 
 
+class FastLora:
+    """Mixed into peft's LoRA linear layer: the plain case of one active adapter; everything else is peft's own."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        if args or kwargs or self.disable_adapters or self.merged or len(active) != 1 or active[0] in self.lora_variant:
+            return super().forward(x, *args, **kwargs)
+        (name,) = active
+        a, b = self.lora_A[name].weight, self.lora_B[name]
+        if b.bias is not None or not a.dtype == b.weight.dtype == x.dtype:
+            return super().forward(x)
+        result = self.base_layer(x)
+        return _AddLowRank.apply(result, self.lora_dropout[name](x), a, b.weight, self.scaling[name])
+
+
 MLPS = {
     FastGatedMLP: {"gate_proj", "up_proj", "down_proj", "act_fn"},
     FastFusedGatedMLP: {"gate_up_proj", "down_proj", "activation_fn"},
@@ -124,9 +181,22 @@ def _eps(norm: Any) -> float:
 
 
 def speed_up(model: nn.Module) -> int:
-    """Give the model's norms and gated MLPs their faster forms, in place; how many took one."""
+    """Give the model's norms, gated MLPs and LoRA layers their faster forms, in place; how many took one."""
     like = model.get_input_embeddings().weight
-    return sum(_norm(module) or _mlp(module, like) for module in list(model.modules()))
+    adapted = hasattr(model, "peft_config")
+    found = 0
+    for module in list(model.modules()):
+        found += _norm(module) or _mlp(module, like) or (adapted and _lora(module))
+    return found
+
+
+def _lora(module: nn.Module) -> bool:
+    from peft.tuners.lora.layer import Linear
+
+    if not isinstance(module, Linear) or isinstance(module, FastLora):
+        return False
+    module.__class__ = _mixed(FastLora, type(module))
+    return True
 
 
 def _norm(module: nn.Module) -> bool:
