@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from benchmarks import ladder, plot, process, report, rows, shapes, train
+from benchmarks import ladder, plot, process, report, rows, settings, shapes, train
 from tunelet.errors import TuneletError
 
 
@@ -31,6 +31,17 @@ def parser() -> argparse.ArgumentParser:
     t.add_argument("--batch-size", type=_positive, default=8, help="rows of an optimizer step")
     t.add_argument("--compile", action="store_true", help="the same as --set train.compile=on")
     t.set_defaults(run=train.run)
+
+    s = verbs.add_parser("settings", help="which settings make the peer fastest on this machine")
+    s.add_argument("--method", choices=("sft", "lora"), default="sft")
+    s.add_argument("--peer", choices=sorted(train.PEERS), default="trl")
+    s.add_argument("--rows", choices=sorted(rows.KINDS), default="long")
+    s.add_argument("--shape", choices=list(shapes.SHAPES), default="135M")
+    s.add_argument("--steps", type=_positive, default=2, help="timed optimizer steps of each")
+    s.add_argument("--warm", type=_positive, default=1, help="steps before the clock starts")
+    s.add_argument("--only", default="", metavar="TEXT", help="try those with this in their names")
+    _common(s)
+    s.set_defaults(run=settings.run, batch_size=8, compile=False)
 
     ladder_ = verbs.add_parser("ladder", help="tunelet's rate and memory over sizes, ways to train, and rows")
     ladder_.add_argument("--shape", nargs="+", choices=list(shapes.SHAPES), default=["135M", "360M", "1.7B"])

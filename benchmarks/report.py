@@ -1,8 +1,8 @@
 """`python -m benchmarks report`: the tables of docs/benchmarks.md, made again from the JSON files beside it. No figure
 in that page is typed by hand.
 
-A table stands between two marks, which stay: <!-- train: a.json b.json --> or <!-- ladder: ladder.json -->, and
-<!-- end -->. Files are of docs/benchmarks/; one that is not there yet gives the command that makes it.
+A table stands between two marks, which stay: <!-- train: a.json b.json -->, <!-- ladder: ladder.json --> or
+<!-- settings: a.json -->, and <!-- end -->. Files are of docs/benchmarks/; of one that is not there yet it is said so.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tunelet.errors import TuneletError
 
 PAGE = process.ROOT / "docs" / "benchmarks.md"
 RESULTS = process.ROOT / "docs" / "benchmarks"
-BLOCK = re.compile(r"(<!-- (train|ladder): ([\w. -]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (train|ladder|settings): ([\w. -]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 NAMES = {"tunelet": "tunelet", "trl-default": "TRL, its defaults", "trl-best": "TRL, best CPU settings"}
 
 
@@ -44,7 +44,7 @@ def fill(text: str, results: Path) -> str:
     """`text` with every table between marks made again."""
 
     def block(found: re.Match[str]) -> str:
-        made = {"train": train_table, "ladder": ladder_table}[found[2]]
+        made = {"train": train_table, "ladder": ladder_table, "settings": settings_table}[found[2]]
         files = [results / name for name in found[3].split()]
         here = [(file.name, load(file)) for file in files if file.exists()]
         missing = [f"`{file.name}` has not been measured yet." for file in files if not file.exists()]
@@ -58,7 +58,7 @@ def load(file: Path) -> dict[str, Any]:
     """A results file. Raises TuneletError where it is not one."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        if content.get("benchmark") in ("train", "ladder"):
+        if content.get("benchmark") in ("train", "ladder", "settings"):
             return content
         why = "it has no benchmark in it"
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
@@ -124,4 +124,19 @@ def ladder_table(files: Sequence[tuple[str, dict[str, Any]]]) -> str:
                 f"| {rung['shape']} | {rung['mode']} | {kind}{mean} | {rung['batch_size']} "
                 f"| {rate:,.0f} | {100 * rung['gemm_fraction']:.0f} | {rung['peak_mb']:,.0f} |"
             )
+    return "\n".join(lines)
+
+
+def settings_table(files: Sequence[tuple[str, dict[str, Any]]]) -> str:
+    """Markdown: one line for each setting of the peer that was tried, the fastest first."""
+    lines = ["| Method, rows | TRL's settings | tokens/CPU-s | peak MB |", "|---|---|--:|--:|"]
+    for _, content in files:
+        what = f"{METHODS[content['method']]}, {content['work']['rows']}"
+        for one in sorted(content["tried"], key=lambda one: -one.get("tokens_per_cpu_second", 0)):
+            failed = "error" in one
+            rate, peak = (
+                ("failed", "") if failed else (f"{one['tokens_per_cpu_second']:,.0f}", f"{one['peak_mb']:,.0f}")
+            )
+            lines.append(f"| {what} | {one['name']} | {rate} | {peak} |")
+            what = ""
     return "\n".join(lines)
