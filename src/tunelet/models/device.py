@@ -7,17 +7,20 @@ float32.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
 from tunelet.errors import TuneletError
 
+MMAP_MAX = -4  # of mallopt: how many allocations may have pages of their own
 BF16_FLAGS = ("amx_bf16", "avx512_bf16", "bf16")  # x86 twice, then arm's name in /proc/cpuinfo
 
 
@@ -199,8 +202,26 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):  # musl and others
         return False
-    mmap_max, trim_threshold, top_pad = -4, -1, -2
-    return all([mallopt(mmap_max, 0), mallopt(trim_threshold, ctypes.c_int(2**31 - 1)), mallopt(top_pad, 64 * 2**20)])
+    trim_threshold, top_pad = -1, -2
+    return all([mallopt(MMAP_MAX, 0), mallopt(trim_threshold, ctypes.c_int(2**31 - 1)), mallopt(top_pad, 64 * 2**20)])
+
+
+@contextlib.contextmanager
+def returning_memory() -> Iterator[None]:
+    """Inside the block large tensors have pages of their own, which go back to the system with them, even after
+    `keep_freed_memory`: for loading, where tensors that stay and tensors that pass alternate and the holes between them
+    would remain in the heap (up to 1.4 GB for 1.7B parameters: docs/notebook.md)."""
+    if not (keep_freed_memory.cache_info().currsize and keep_freed_memory()):
+        yield
+        return
+    import ctypes
+
+    mallopt = ctypes.CDLL("libc.so.6").mallopt
+    mallopt(MMAP_MAX, 65536)
+    try:
+        yield
+    finally:
+        mallopt(MMAP_MAX, 0)
 
 
 def peak_mb(device: str = "cpu") -> float | None:

@@ -6,13 +6,15 @@ folder is checked before anything is computed with it (models/weights.py reads t
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from tunelet.errors import TuneletError
-from tunelet.models import weights
+from tunelet.models import device, weights
 from tunelet.models.device import Choice
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -121,22 +123,28 @@ def load_model(
     trust_remote_code: bool = False,
     dtype: str | None = None,
     trainable: bool = False,
+    quantization: str = "none",
 ) -> Any:
     """The model at `path`, on the chosen device, in `dtype` (None: the chosen one), in eval mode.
 
-    An adapter's folder gives a PeftModel on its base; `trainable` lets the adapter learn on. Raises TuneletError on
-    pickles, missing, damaged or incomplete weights, and weights that are not finite.
+    An adapter's folder gives a PeftModel on its base; `trainable` lets the adapter learn on. quantization "int8" or
+    "int4": the linear layers of a base that stays frozen take 1 or 0.6 bytes a weight (models/quantize.py). It is not
+    remembered in an adapter: one that was trained on a quantised base loads on the unquantised one unless asked
+    otherwise. Raises TuneletError on pickles, missing, damaged or incomplete weights, and weights that are not finite.
+
+    Memory: about one copy in `dtype`. Weights that are stored in it are views of the files until something writes to
+    them, so the files must not be changed in place meanwhile.
     """
     folder = resolve(path)
     if (folder / "adapter_config.json").is_file():
-        return _load_adapter(folder, choice, trust_remote_code, dtype, trainable)
+        return _load_adapter(folder, choice, trust_remote_code, dtype, trainable, quantization)
     weights.check(folder)
-    return _load_base(folder, choice, trust_remote_code, dtype)
+    return _load_base(folder, choice, trust_remote_code, dtype, quantization)
 
 
-def _load_base(folder: Path, choice: Choice, trust_remote_code: bool, dtype: str | None) -> Any:
+def _load_base(folder: Path, choice: Choice, trust_remote_code: bool, dtype: str | None, quantization: str) -> Any:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
     from transformers.utils import logging
 
     bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
@@ -144,19 +152,30 @@ def _load_base(folder: Path, choice: Choice, trust_remote_code: bool, dtype: str
     logging.set_verbosity_error()  # its report of the keys; what matters in it is said below, as an error
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-        model, info = _with_attention(
-            lambda implementation: AutoModelForCausalLM.from_pretrained(
-                folder,
-                config=config,
-                dtype=getattr(torch, dtype or choice.dtype),
-                attn_implementation=implementation,
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
+        with torch.device("meta"):  # without memory: which class, and the part of the configuration it is made of
+            shape = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        wanted: dict[str, Any] = {}
+        if quantization != "none":
+            from tunelet.models import quantize
+
+            wanted["quantization_config"] = quantize.config(quantization)
+        if (folder / "generation_config.json").is_file():
+            wanted["generation_config"] = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        dtype = dtype or choice.dtype
+        with _one_at_a_time(), device.returning_memory():
+            model, info = _with_attention(
+                lambda implementation: type(shape).from_pretrained(
+                    None,  # transformers would map the files, and keep them beside what it converts
+                    state_dict=weights.tensors(folder, dtype, mapped=quantization == "none"),
+                    config=shape.config,
+                    dtype=getattr(torch, dtype),
+                    attn_implementation=implementation,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,
+                    **wanted,
+                )
             )
-        )
+        model.name_or_path = model.config.name_or_path = str(folder)
     except (ValueError, KeyError, OSError, RuntimeError, ImportError, TypeError) as error:
         raise _cannot_load(folder, error) from error
     finally:
@@ -174,6 +193,22 @@ def _load_base(folder: Path, choice: Choice, trust_remote_code: bool, dtype: str
         )
     weights.check_finite(model, folder)
     return model.to(choice.device).eval()
+
+
+@contextlib.contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """transformers reads ahead in threads, whose allocations the settings of models/device.py scatter: 2 GB more for
+    1.7B parameters in float32. This is its own switch for that."""
+    name = "HF_DEACTIVATE_ASYNC_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _with_attention(make: Callable[[str | None], Any]) -> Any:
@@ -217,7 +252,9 @@ def _cannot_load(folder: Path, error: Exception) -> TuneletError:
     )
 
 
-def _load_adapter(folder: Path, choice: Choice, trust_remote_code: bool, dtype: str | None, trainable: bool) -> Any:
+def _load_adapter(
+    folder: Path, choice: Choice, trust_remote_code: bool, dtype: str | None, trainable: bool, quantization: str
+) -> Any:
     import json
 
     from peft import PeftModel
@@ -245,7 +282,7 @@ def _load_adapter(folder: Path, choice: Choice, trust_remote_code: bool, dtype: 
         ) from error
     weights.check(base_folder)
     model = PeftModel.from_pretrained(
-        _load_base(base_folder, choice, trust_remote_code, dtype),
+        _load_base(base_folder, choice, trust_remote_code, dtype, quantization),
         str(folder),
         is_trainable=trainable,
         autocast_adapter_dtype=False,

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tunelet.errors import TuneletError
+
 
 def save(model: Any, tokenizer: Any, folder: Path, dtype: str | None = None, *, stop_ids: Sequence[int] = ()) -> None:
     """Write weights (safetensors), configuration, generation settings, tokenizer and chat template into `folder`.
@@ -17,12 +19,18 @@ def save(model: Any, tokenizer: Any, folder: Path, dtype: str | None = None, *, 
     dtype: "float32", "bfloat16" or "float16", what the weights are stored in; None: as they are. Converts the model in
     place. An adapter is written in peft's own format. `stop_ids`: the tokens that end an answer in the chat template it
     was tuned on; they go to generation_config.json, so that transformers' own `generate` stops there too. Raises
-    OSError where the disk fails.
+    OSError where the disk fails, TuneletError for a quantised model (its adapter alone can be saved).
     """
     import torch
     from safetensors import SafetensorError
     from transformers.utils import logging
 
+    if hasattr(model, "hf_quantizer") and not hasattr(model, "peft_config"):
+        raise TuneletError(
+            "A quantised model is not saved.",
+            why="it is an approximation to train an adapter over, in a form that nothing else reads",
+            fix="Save the adapter, or load the model without quantisation.",
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if dtype is not None and not hasattr(model, "peft_config"):

@@ -1,13 +1,16 @@
-"""What a model folder's weight files say before they are loaded: format, completeness, dtype, number of parameters.
+"""A model folder's weight files: what their headers say (format, completeness, dtype, number of parameters), and their
+tensors, read one at a time.
 
-Reads safetensors headers only (the first kilobytes); not for loading models (models/load.py).
+Not for making a model of them (models/load.py).
 """
 
 from __future__ import annotations
 
 import json
 import struct
+import sys
 from collections import Counter
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,19 @@ from tunelet.errors import TuneletError
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+# safetensors' other names for dtypes that are read as they are
+OTHER_DTYPES = {
+    "F64": "float64",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+}
+BLOCK_ELEMENTS = 2**18  # numbers converted or looked at together: what a copy of them takes is nothing
 
 
 def files(folder: Path) -> list[Path]:
@@ -109,15 +125,86 @@ def count_parameters(folder: Path) -> int:
     return sum(prod(entry["shape"]) for path in paths for entry in header(path).values())
 
 
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a safetensors file. `stored[...]` reads it into memory of its own.
+
+    Wider floats come out as `dtype` at once, a block at a time, so that the two copies never stand side by side;
+    `dtype` None: as it is stored. (Narrower ones are left to transformers, which keeps some tensors wide.)
+    """
+
+    path: Path
+    start: int
+    shape: tuple[int, ...]
+    stored: str
+    dtype: str | None
+
+    def __getitem__(self, _: Any) -> Any:
+        import torch
+
+        there = getattr(torch, (DTYPES | OTHER_DTYPES)[self.stored])
+        wanted = there if self.dtype is None else getattr(torch, self.dtype)
+        widen = there.is_floating_point and there.itemsize < wanted.itemsize
+        flat = torch.empty(prod(self.shape), dtype=wanted if widen else there)
+        block = torch.empty(min(BLOCK_ELEMENTS, len(flat)), dtype=there) if widen else flat
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.start)
+            for done in range(0, len(flat), max(1, len(block))):
+                part = block[: len(flat) - done]
+                _fill(file, part)
+                if widen:
+                    flat[done : done + len(part)] = part
+        return flat.view(self.shape)
+
+
+def _fill(file: Any, tensor: Any) -> None:
+    import torch
+
+    memory = memoryview(tensor.view(torch.uint8).numpy())
+    while memory:
+        got = file.readinto(memory)
+        if not got:
+            raise OSError(f"{file.name} ended {len(memory)} bytes too early")
+        memory = memory[got:]
+
+
+def tensors(folder: Path, dtype: str, *, mapped: bool) -> dict[str, Any]:
+    """name -> a tensor to read with `[...]`, of every weight file of the folder.
+
+    mapped: what is stored in `dtype` becomes a view of the file: no copy, one for all processes of this machine. Else,
+    and on Windows (where a mapping counts as memory), everything is read.
+    """
+    from safetensors import safe_open
+
+    found: dict[str, Any] = {}
+    for path in files(folder):
+        entries = header(path)
+        with path.open("rb") as file:
+            first = 8 + struct.unpack("<Q", file.read(8))[0]
+        views = safe_open(path, framework="pt") if mapped and sys.platform != "win32" else None
+        for name, entry in entries.items():
+            if entry["dtype"] not in DTYPES | OTHER_DTYPES:
+                raise TuneletError(
+                    f"{path} cannot be read.",
+                    why=f"{name} is stored as {entry['dtype']}",
+                    fix="Get the model in float32, float16 or bfloat16.",
+                )
+            if views is not None and DTYPES.get(entry["dtype"]) == dtype:
+                found[name] = views.get_slice(name)
+            else:
+                start = first + entry["data_offsets"][0]
+                found[name] = Stored(path, start, tuple(entry["shape"]), entry["dtype"], dtype if mapped else None)
+    return found
+
+
 def check_finite(model: Any, folder: Path) -> None:
     """Raises TuneletError where a weight is NaN or infinite."""
     import torch
 
     for name, tensor in model.state_dict().items():
-        if (
-            tensor.is_floating_point()
-            and not torch.isfinite(tensor.sum(dtype=torch.float32))
-            and not torch.isfinite(tensor).all()
+        if tensor.is_floating_point() and not all(
+            torch.isfinite(part.sum(dtype=torch.float32)) or torch.isfinite(part).all()  # a sum may be too large
+            for part in tensor.flatten().split(BLOCK_ELEMENTS)
         ):
             raise TuneletError(
                 f"The weights in {folder} are damaged.",
