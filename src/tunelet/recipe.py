@@ -85,8 +85,13 @@ class TrainSection(Section):
         description="float32: 12 bytes a trained parameter; bfloat16 (4) and float8 (2) round stochastically and keep "
         "no float32 copy of the weights; auto: float32 if it fits",
     )
-    compile: Literal["auto", "on", "off"] = Field(
-        "auto", description="torch.compile of the layers; auto: where the run is long enough to repay it"
+    compile: bool = Field(
+        False, description="torch.compile of the layers: a minute or two at the start, see docs/benchmarks.md"
+    )
+    parallel: Literal["auto", "ddp", "fsdp"] = Field(
+        "auto",
+        description="several processes (torchrun): ddp: each holds the model; fsdp: its layers are sharded; auto: ddp "
+        "if it fits",
     )
     max_steps: int = Field(0, ge=0, description="optimizer steps; 0: as many as epochs needs")
     epochs: float = Field(1.0, gt=0, description="passes over the training rows, where max_steps is 0")
