@@ -169,7 +169,13 @@ def _model(recipe: Recipe, tokenizer: Any, choice: Choice) -> Any:
     if not recipe.model.path:
         ids = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
         return load.new_model(recipe.model.architecture, len(tokenizer), ids, recipe.train.seed, choice)
-    model = load.load_model(recipe.model.path, choice, trust_remote_code=recipe.model.trust_remote_code, trainable=True)
+    model = load.load_model(
+        recipe.model.path,
+        choice,
+        trust_remote_code=recipe.model.trust_remote_code,
+        trainable=True,
+        quantization=recipe.model.quantization,
+    )
     load.check_tokenizer(model, tokenizer, recipe.model.path)
     if hasattr(model, "peft_config"):
         adapters.train_on(model, recipe.adapter, recipe.model.path)
