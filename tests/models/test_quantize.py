@@ -215,10 +215,3 @@ def test_weights_that_are_not_finite_are_still_found(kind, value, tmp_path):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(TuneletError, match=r"model\.layers\.1\.mlp\.up_proj"):
         load.load_model(folder, FP32, quantization=kind)
-
-
-def test_full_training_over_it_is_refused():
-    adapters.check_base(AdapterSection(kind="lora"), "int8")
-    adapters.check_base(AdapterSection(), "none")
-    with pytest.raises(TuneletError, match="--adapter lora"):
-        adapters.check_base(AdapterSection(), "int8")

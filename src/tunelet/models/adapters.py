@@ -43,16 +43,6 @@ def add(model: Any, section: AdapterSection, seed: int = 0) -> Any:
         ) from error
 
 
-def check_base(section: AdapterSection, quantization: str) -> None:
-    """Raises TuneletError where the recipe asks to train quantised weights: they are frozen."""
-    if quantization != "none" and section.kind == "none":
-        raise TuneletError(
-            f'model.quantization = "{quantization}" goes with an adapter.',
-            why="weights that are held in 8 or 4 bits are frozen, and full training changes every weight",
-            fix='Add --adapter lora, or set model.quantization to "none".',
-        )
-
-
 def train_on(model: Any, section: AdapterSection, name: str) -> None:
     """Check that the adapter a PeftModel came with is the one the recipe describes: training goes on with the adapter
     as it is."""
