@@ -252,7 +252,7 @@ def flat_attention(q, k, v, plan: AttentionPlan, *, scale, window=None, softcap=
     return F.pad(out, (0, 0, 0, 0, 0, stream - plan.tokens)) if stream > plan.tokens else out
 
 
-def _attention(
+def attend(
     module,
     query,
     key,
@@ -359,6 +359,6 @@ def register() -> str:
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
-    AttentionInterface.register(NAME, _attention)
+    AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, _mask)
     return NAME

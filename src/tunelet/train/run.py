@@ -154,7 +154,8 @@ def load_for_training(recipe: Recipe, prepared: Prepared, choice: Choice) -> Any
     from tunelet.models.ready import make_ready
 
     model = _model(recipe, prepared.tokenizer, choice)
-    return make_ready(model, checkpointing=recipe.train.gradient_checkpointing == "on")
+    settings = recipe.train
+    return make_ready(model, checkpointing=settings.gradient_checkpointing == "on", compiled=settings.compile)
 
 
 def _model(recipe: Recipe, tokenizer: Any, choice: Choice) -> Any:
