@@ -55,7 +55,7 @@ def run(options: Namespace) -> int:
     for number, spec in enumerate(specs, 1):
         at = f"rung {number} of {len(specs)}, {spec['shape']} {spec['mode']} {spec['rows']} x{spec['batch_size']}"
         try:
-            model = process.measure({**base, "task": "checkpoint", "shape": spec["shape"]}, at)["model"]
+            model = process.checkpoint(base, spec["shape"])
             gemm = process.measure({**base, "task": "gemm"}, at)
             got = process.measure({**base, **spec, "task": "step", "model": model}, at)
         except TuneletError as error:

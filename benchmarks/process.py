@@ -15,6 +15,7 @@ from typing import Any
 # Importing tunelet sets these for itself; a peer must not get them. So they are looked at before.
 USERS = {name: os.environ.get(name) for name in ("OMP_WAIT_POLICY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")}
 
+from benchmarks import shapes  # noqa: E402
 from tunelet.errors import TuneletError  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,6 +34,12 @@ def scratch(options: Namespace) -> Path:
         ) from error
     show(f"checkpoints and logs: {folder}")
     return folder
+
+
+def checkpoint(base: Mapping[str, Any], shape: str) -> str:
+    """The folder of the shape's checkpoint of random weights, written in a process of its own where it is not there."""
+    there = shapes.written(shape, Path(base["scratch"]))
+    return str(there or measure({**base, "task": "checkpoint", "shape": shape}, f"checkpoint {shape}")["model"])
 
 
 def measure(spec: Mapping[str, Any], label: str) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def run(options: Namespace) -> int:
         raise TuneletError(f"Nothing that is tried has '{options.only}' in its name.", fix="\n".join(every))
     scratch = process.scratch(options)
     base = {"device": options.device, "threads": options.threads, "scratch": str(scratch)}
-    model = process.measure({**base, "task": "checkpoint", "shape": options.shape}, "checkpoint")["model"]
+    model = process.checkpoint(base, options.shape)
     found: list[dict[str, Any]] = []
     work = train.work(Namespace(**{**vars(options), "peer_set": []}))
     for name, given in [("its defaults", None), *chosen.items()]:

@@ -118,21 +118,27 @@ def flops(shape: str, lengths: Sequence[int], targets: int, rank: int = 0) -> di
     return {**parts, "total": sum(parts.values())}
 
 
-def checkpoint(shape: str, scratch: Path) -> Path:
-    """A folder with config.json and random bf16 weights of `shape`, written once into `scratch`."""
+def written(shape: str, scratch: Path) -> Path | None:
+    """The folder of the checkpoint that `write` made in `scratch`, None where it has not."""
     folder = scratch / f"smollm2-{shape}"
-    config = {**SHAPES[shape], "dtype": "bfloat16"}
-    if folder.is_dir() and json.loads((folder / "shape.json").read_text(encoding="utf-8")) == config:
-        return folder
+    try:
+        there = json.loads((folder / "shape.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return None
+    return folder if there == SHAPES[shape] else None
+
+
+def write(shape: str, scratch: Path) -> Path:
+    """A folder in `scratch` with config.json and random bf16 weights of `shape`."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    making = scratch / f"smollm2-{shape}.making-{os.getpid()}"
+    folder, making = scratch / f"smollm2-{shape}", scratch / f"smollm2-{shape}.making-{os.getpid()}"
     torch.manual_seed(0)
-    values = {k: v for k, v in config.items() if k not in ("model_type", "dtype")}
+    values = {key: value for key, value in SHAPES[shape].items() if key != "model_type"}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **values), dtype=torch.bfloat16)
     model.save_pretrained(making)
-    (making / "shape.json").write_text(json.dumps(config), encoding="utf-8")
+    (making / "shape.json").write_text(json.dumps(SHAPES[shape]), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     making.rename(folder)
     return folder

@@ -34,7 +34,7 @@ def run(options: Namespace) -> int:
         ours.recipe({**work(options), "device": options.device, "threads": options.threads, "model": "starter"})
     scratch = process.scratch(options)
     base = {"device": options.device, "threads": options.threads, "scratch": str(scratch)}
-    model = process.measure({**base, "task": "checkpoint", "shape": options.shape}, "checkpoint")["model"]
+    model = process.checkpoint(base, options.shape)
     pairs: list[dict[str, Any]] = []
     result: dict[str, Any] = {}
     for number in range(options.pairs):

@@ -77,7 +77,7 @@ def main(path: str) -> int:
         os.write(err, f"{text}\n".encode())
 
     if spec["task"] == "checkpoint":
-        result: dict[str, Any] = {"model": str(shapes.checkpoint(spec["shape"], Path(spec["scratch"])))}
+        result: dict[str, Any] = {"model": str(shapes.write(spec["shape"], Path(spec["scratch"])))}
     else:
         measure.set_up(spec["device"], spec["threads"])
         if spec["task"] == "gemm":

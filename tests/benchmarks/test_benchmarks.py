@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as cli
-from benchmarks import ladder, peer, rows, shapes, train, worker
+from benchmarks import ladder, peer, report, rows, settings, shapes, train, worker
 from benchmarks.measure import Reading
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -161,6 +161,13 @@ def test_a_rate_is_tokens_of_the_timed_rows_by_cpu_seconds():
     assert worker.figures({**spec, "device": "cpu"}, made, Reading(4.0, 8.0), {})["peak_mb"] > 10
 
 
+def test_settings_that_are_tried_make_steps_of_the_same_size():
+    for given in settings.tried(8).values():
+        assert given["per_device_train_batch_size"] * given["gradient_accumulation_steps"] == 8
+    best = peer.settings("trl-best", 8, {})
+    assert best in settings.tried(8).values(), "what is called the best was not tried"
+
+
 @pytest.mark.parametrize(("digest", "loss"), [("b", 6.0), ("a", 6.3)])
 def test_unequal_work_is_noticed(digest, loss):
     one = {"timed": {"digest": "a"}, "facts": {"loss": 6.0}}
@@ -240,6 +247,18 @@ def test_the_page_is_filled_from_the_files(tmp_path):
     assert cli.main(["report", "--results", str(tmp_path), "--page", str(page), "--check"]) == 0
 
 
+def test_tried_settings_are_shown_fastest_first(tmp_path):
+    tried = [
+        {"name": "slow", "tokens_per_cpu_second": 10.0, "peak_mb": 1.0},
+        {"name": "broken", "error": "no"},
+        {"name": "fast", "tokens_per_cpu_second": 20.0, "peak_mb": 1.0},
+    ]
+    content = {"benchmark": "settings", "method": "sft", "work": {"rows": "long"}, "tried": tried}
+    (tmp_path / "s.json").write_text(json.dumps(content))
+    text = report.fill("<!-- settings: s.json -->\n<!-- end -->\n", tmp_path)
+    assert text.index("fast") < text.index("slow") < text.index("broken | failed")
+
+
 def test_the_documents_tables_are_those_of_its_files():
     assert cli.main(["report", "--check"]) == 0
 
@@ -304,29 +323,38 @@ def command(*args: object, **given):
 TINY = ("train", "--shape", "tiny", "--rows", "short", "--pairs", 1, "--steps", 1, "--batch-size", 2)
 
 
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory) -> Path:
+    """One folder for all whole runs: they share the checkpoint."""
+    return tmp_path_factory.mktemp("scratch")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["sft", "lora"])
-def test_a_run_beside_the_peer(method, tmp_path):
+@pytest.mark.parametrize(("method", "peers"), [("sft", "trl-default"), ("lora", "trl-best")])
+def test_a_run_beside_the_peer(method, peers, tmp_path, scratch):
     pytest.importorskip("trl")
-    out = tmp_path / "out.json"
-    run = command(*TINY, "--method", method, "--peer", "trl", "--scratch", tmp_path, "--json", out)
+    out, only = tmp_path / "out.json", ("--only", "tunelet", "--only", peers)
+    run = command(*TINY, "--method", method, "--peer", "trl", *only, "--scratch", scratch, "--json", out)
     told, errors = run.communicate(timeout=300)
     assert run.returncode == 0, errors
     got = json.loads(out.read_text())
-    assert {"ratio_default", "ratio_best", "gemm_fraction", "peak_ratio"} <= got.keys()
-    assert got["ratio_default"] > 0
+    ratio, none = ("ratio_default", "ratio_best") if method == "sft" else ("ratio_best", "ratio_default")
+    assert got[ratio] > 0
+    assert got[none] is None
     assert 0 < got["gemm_fraction"] < 1
     facts = {name: one["facts"] for name, one in got["contestants"].items()}
-    assert facts["trl-default"]["settings"]["gradient_checkpointing"] and facts["trl-default"]["settings"]["bf16"]
-    assert facts["trl-default"]["weights"] == "float32"
-    assert len({one["trained_parameters"] for one in facts.values()}) == 1
-    assert "x the peer's default (median of 1 pairs)" in told
+    default = method == "sft"
+    assert facts[peers]["settings"]["gradient_checkpointing"] is facts[peers]["settings"]["bf16"] is default
+    assert facts[peers]["weights"] == ("float32" if default else "bfloat16")
+    expected = shapes.parameters("tiny")["total"] if default else shapes.lora_parameters("tiny", 16)
+    assert {one["trained_parameters"] for one in facts.values()} == {expected}
+    assert "(median of 1 pairs)" in told
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="signals")
-def test_ctrl_c_leaves_nothing_running(tmp_path):
-    run = command(*TINY, "--pairs", 50, "--steps", 500, "--scratch", tmp_path, start_new_session=True)
+def test_ctrl_c_leaves_nothing_running(scratch):
+    run = command(*TINY, "--pairs", 50, "--steps", 500, "--scratch", scratch, start_new_session=True)
     for line in run.stderr:
         if "tunelet: step" in line:
             break
