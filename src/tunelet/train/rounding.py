@@ -45,7 +45,7 @@ def to_float8(
     blocks = padded.view(-1, BLOCK)
     largest = torch.frexp(blocks.abs().amax(1))
     exponent = torch.where(largest.mantissa > 0, largest.exponent - 8, -100).clamp_(min=-100)
-    scale = torch.ldexp(torch.ones((), device=values.device), exponent)
+    scale = torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent)
     scaled = blocks / scale[:, None]
     noise = _noise(scaled.numel(), generator).to(torch.int32).add_(32768).bitwise_left_shift_(4).view_as(scaled)
     rounded = scaled.view(torch.int32).add(noise).bitwise_and_(-(2**20)).view(torch.float32)
