@@ -113,7 +113,7 @@ def test_large_parameters_in_pieces_give_the_same(state, monkeypatch):
     monkeypatch.setattr(optimizers, "CHUNK_ELEMENTS", 512)
     pieces, optimizer = trained(state, torch.float32, 6)
     assert any(len(list(bucket.chunks())) > 1 for bucket in optimizer.buckets)
-    assert len(optimizer.buckets) > 4
+    assert len(optimizer.buckets) == 4
     for p, q in zip(whole.parameters(), pieces.parameters(), strict=True):
         torch.testing.assert_close(p, q, atol=1e-6 if state == "float32" else 3e-3, rtol=1e-5)
 
