@@ -3,7 +3,8 @@ there at all.
 
 Not the finished model (models/save.py). A checkpoint is `checkpoints/step-000200/` with state.safetensors (fp32 weights
 and moments) and state.json (cursor, counters). The rounding noise, the order of rows and dropout are functions of
-(seed, step): nothing of them is stored.
+(seed, step): nothing of them is stored. With several processes the files are the same: process 0 alone writes and reads
+them, whole, so that any number of processes can go on.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +23,60 @@ from tunelet.runs.record import Run
 if TYPE_CHECKING:
     import torch
 
+    from tunelet.train.distributed import World
+    from tunelet.train.optimizer import AdamW
+    from tunelet.train.sharding import Shards
+
 FOLDER = "checkpoints"
 BEST = "best"
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """Checkpoints of one training. All its processes make each call at the same step; run: None but in process 0."""
+
+    run: Run | None
+    optimizer: AdamW
+    world: World
+    shards: Shards | None
+
+    def save(self, step: int, state: dict[str, Any], keep: int) -> None:
+        tensors = self._whole(self.optimizer.state())
+        if self.run:
+            save(self.run, step, tensors, state, keep=keep)
+
+    def go_on(self) -> dict[str, Any] | None:
+        """Put the newest checkpoint back, and return its state; None where there is none yet."""
+        name = latest(self.run) if self.run else None
+        tensors, state = load(self.run, name) if name else ({}, None)
+        state = self.world.told(state)
+        if state is not None:
+            self.optimizer.load_state(self._parts(self.optimizer.state(), tensors), state["step"])
+        return state
+
+    def save_best(self, step: int) -> None:
+        tensors = self._whole(self.optimizer.weights())
+        if self.run:
+            save(self.run, step, tensors, {}, keep=1, name=BEST)
+
+    def load_best(self) -> None:
+        tensors = load(self.run, BEST)[0] if self.run else {}
+        self.optimizer.load_weights(self._parts(self.optimizer.weights(), tensors))
+
+    def finish(self) -> None:
+        """The end of the training: the model that was trained holds the optimizer's weights, whole."""
+        if self.shards is None:
+            self.optimizer.finish()
+            return
+        weights = self.shards.gathered(self.optimizer.weights())
+        self.optimizer.finish()
+        self.shards.restore(weights)
+
+    def _whole(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return self.shards.gathered(tensors) if self.shards else tensors
+
+    def _parts(self, mine: dict[str, torch.Tensor], given: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        return self.shards.scattered(mine, given) if self.shards else self.world.shared(mine, given)
 
 
 def save(

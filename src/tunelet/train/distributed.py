@@ -1,13 +1,13 @@
-"""Training with several processes that `torchrun` started: who this process is, how a step's rows are divided, and sums
-over all processes.
+"""Training with several processes that `torchrun` started: who this process is, how a step's rows are divided, sums
+over all processes, and what happens when one of them fails.
 
 Not for sharding a model (train/sharding.py) and not for starting processes. In one process nothing of torch.distributed
-is imported and every function here returns at once what it was given.
+is imported, and every function here returns at once what it was given.
 
-Every process holds the model, computes its rows of a step, and the sum of all gradients is added up before the
-optimizer's step, which then is the same arithmetic everywhere. That is what torch's DistributedDataParallel does; its
-wrapper does not fit here, because it counts on one call of the wrapped module's forward, and the loss head
-(models/head.py) calls the body and uses the head's weight directly.
+Every process holds the model and computes its rows of a step; the gradients are added up over all processes before the
+optimizer's step, which then is the same arithmetic everywhere. That is what torch's DistributedDataParallel does. Its
+wrapper does not fit here: it counts on one call of the wrapped module's forward, and the loss head (models/head.py)
+calls the body and uses the head's weight directly.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -28,8 +28,10 @@ if TYPE_CHECKING:
     from tunelet.data.examples import Tokens
 
 # How long a process waits for the others. One that ends is noticed at once; this is for a machine that falls silent,
-# and has to be longer than what process 0 does alone (writing a checkpoint, training a tokenizer).
+# and has to be longer than what process 0 does alone (checking data, writing a checkpoint).
 PATIENCE = timedelta(hours=1)
+# A mistake that all processes find is told by process 0: the others give it this long to do so.
+COURTESY = timedelta(seconds=3)
 FAILED = "tunelet/failed"
 
 
@@ -47,10 +49,6 @@ class World:
         """Process 0 prints, writes the run's files and holds its lock."""
         return self.rank == 0
 
-    def mine(self, rows: Sequence[Tokens]) -> list[Tokens]:
-        """The rows of a step that this process computes."""
-        return divide(rows, self.size)[self.rank]
-
     def sums(self, *figures: float) -> list[float]:
         """Each figure added up over all processes, in float64; the same numbers everywhere."""
         if self.size == 1:
@@ -63,6 +61,8 @@ class World:
 
     def add_up(self, tensor: torch.Tensor) -> None:
         """`tensor` becomes, in place, the sum over all processes, the same bits everywhere."""
+        if self.size == 1:
+            return
         import torch.distributed as dist
 
         with _together():
@@ -83,7 +83,7 @@ class World:
                 tensor.detach().copy_(whole)
 
     def told(self, value: Any = None) -> Any:
-        """Process 0's `value` (what JSON can hold), in every process."""
+        """Process 0's `value` (of what JSON can hold), in every process."""
         if self.size == 1:
             return value
         import torch
@@ -95,9 +95,19 @@ class World:
         self.spread([data])
         return json.loads(bytes(data.numpy()))
 
+    def shared(self, mine: dict[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """`given` of process 0, in every process; `mine`: tensors of the same names and shapes, overwritten."""
+        if self.size == 1:
+            return given
+        if self.first:
+            for name, tensor in mine.items():
+                tensor.copy_(given[name])
+        self.spread(mine.values())
+        return mine
+
 
 ALONE = World()
-_here = ALONE
+_here, _store = ALONE, None
 
 
 def world() -> World:
@@ -107,20 +117,19 @@ def world() -> World:
 
 def asked() -> World:
     """What torchrun says in the environment; ALONE where it started one process or did not start this one."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
+    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return ALONE
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    return World(*(int(os.environ[name]) for name in names))
+    return World(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")))
 
 
 @contextlib.contextmanager
 def joined() -> Iterator[World]:
     """The block runs together with all processes of this training; alone, where torchrun started no others.
 
-    An error in one of them ends all. It is raised on in the process where it came first, to be told there; the others
-    leave by SystemExit with the same exit code and say nothing.
+    An error in one process ends all: it is raised on in one of them, to be told there, and the others leave by
+    SystemExit with the same exit code and say nothing.
     """
-    global _here
+    global _here, _store
     here = asked()
     if here.size == 1:
         yield here
@@ -131,19 +140,72 @@ def joined() -> Iterator[World]:
     if torch.cuda.is_available():
         torch.cuda.set_device(here.local_rank)
     with _together():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+        _store, _, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=_store, rank=here.rank, world_size=here.size, timeout=PATIENCE)
     _here = here
     try:
         yield here
-        dist.barrier()
+        with _together():
+            dist.barrier()
+        dist.destroy_process_group()
+    except BaseException as error:
+        # The group is left as it is: to take it down, the processes would have to wait for each other once more.
+        if not _is_ours_to_tell(error, here):
+            raise SystemExit(_exit_code(error)) from None
+        raise
     finally:
         _here = ALONE
-        dist.destroy_process_group()
+
+
+def _exit_code(error: BaseException) -> int:
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 1
+    return 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
+
+
+class Lost(TuneletError):
+    """Another process of this training has failed; it, or the first to notice, has told why."""
+
+
+def _is_ours_to_tell(error: BaseException, here: World) -> bool:
+    """Whether no other process has told of an error yet. Leaves a note of this one for the others."""
+    import torch.distributed as dist
+
+    told = {"process": here.rank, "what": str(error) or type(error).__name__, "code": _exit_code(error)}
+    if isinstance(error, TuneletError):
+        told |= {"what": error.what, "why": error.why, "fix": error.fix}
+    with contextlib.suppress(dist.DistError, RuntimeError):  # the store may be gone with the process that kept it
+        if not here.first and not isinstance(error, Lost):
+            with contextlib.suppress(dist.DistStoreError):
+                _store.wait([FAILED], COURTESY)
+        note = json.dumps(told)
+        return _store.compare_set(FAILED, "", note).decode() == note
+    return True
 
 
 @contextlib.contextmanager
 def _together() -> Iterator[None]:
-    yield
+    """Around all that processes do together: where it fails because another has failed, that is what is raised."""
+    try:
+        yield
+    except RuntimeError as error:  # all errors of torch.distributed are
+        import torch.distributed as dist
+
+        note = {}
+        with contextlib.suppress(dist.DistError, RuntimeError):
+            _store.wait([FAILED], COURTESY)
+            note = json.loads(_store.get(FAILED))
+        if note:
+            lost = Lost(f"Process {note['process']}: {note['what']}", why=note.get("why", ""), fix=note.get("fix", ""))
+            lost.exit_code = note["code"]
+            raise lost from None
+        raise Lost(
+            "Another process of this training has ended, or cannot be reached.",
+            why=str(error).strip().splitlines()[0],
+            fix="Where the system ended it for lack of memory: fewer processes, a smaller train.tokens_per_batch, or "
+            "--set train.parallel=fsdp. The same command goes on from the last checkpoint.",
+        ) from error
 
 
 def divide(rows: Sequence[Tokens], parts: int) -> list[list[Tokens]]:

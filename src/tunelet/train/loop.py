@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from tunelet.errors import TuneletError
 from tunelet.models import device, head
 from tunelet.recipe import Recipe
 from tunelet.runs.record import Run
-from tunelet.train import checkpoint, progress, step
+from tunelet.train import checkpoint, distributed, progress, sharding, step
 
 
 @dataclass(frozen=True)
@@ -76,23 +77,29 @@ def step_rows(rows: Sequence[Tokens], recipe: Recipe, first_step: int, total: in
 
 @torch.no_grad()
 def held_out(model: Any, rows: Sequence[Tokens], batch_size: int, on: str) -> float:
-    """Mean negative log-likelihood of all targets of `rows`, in nats per token."""
+    """Mean negative log-likelihood of all targets of `rows`, in nats per token. Several processes take turns with the
+    batches; each makes as many forwards as the others, as sharded layers need."""
+    world = distributed.world()
     was_training = model.training
     model.eval()
     nll, targets = 0.0, 0
-    by_length = sorted(rows, key=lambda row: len(row.ids))
-    for at in range(0, len(by_length), batch_size):
-        batch = pack.make_batch(by_length[at : at + batch_size]).to(on)
-        if len(batch.targets):
-            nll += float(head.nll_sum(model, batch))
+    by_length = sorted((row for row in rows if row.trained), key=lambda row: len(row.ids))
+    batches = [by_length[at : at + batch_size] for at in range(0, len(by_length), batch_size)]
+    for at in range(0, len(batches), world.size):
+        mine = at + world.rank
+        batch = pack.make_batch(batches[min(mine, len(batches) - 1)]).to(on)
+        value = float(head.nll_sum(model, batch))
+        if mine < len(batches):
+            nll += value
             targets += len(batch.targets)
     model.train(was_training)
+    nll, targets = world.sums(nll, targets)
     return nll / targets if targets else float("nan")
 
 
 def train(
     recipe: Recipe,
-    run: Run,
+    run: Run | None,
     *,
     model: Any,
     tokenizer: Any,
@@ -105,34 +112,38 @@ def train(
 
     Goes on from the run's newest checkpoint where there is one. Raises Interrupted after Ctrl-C (a checkpoint is
     saved), TuneletError where the loss is no longer a number or the disk fails; the last checkpoint then stays whole.
+    With several processes each calls this with the same rows; `run` is None but in process 0, where alone the model is
+    whole on return.
     """
-    settings = recipe.train
+    settings, world = recipe.train, distributed.world()
     total = total_steps(recipe, len(train_rows))
-    optimizer = step.optimizer_for(model, settings)
-    stepper = step.Stepper(model, optimizer, recipe, choice.device)
+    world.spread(model.parameters())
+    shards = sharding.shard_if_wanted(model, settings, choice.device, world, console)
+    optimizer = step.optimizer_for(shards or model, settings)
+    if shards:
+        shards.connect(optimizer)
+    stepper = step.Stepper(model, optimizer, recipe, choice.device, sharded=shards is not None)
+    checkpoints = checkpoint.Checkpoints(run, optimizer, world, shards)
     now = Progress()
-    name = checkpoint.latest(run)
-    if name is not None:
-        tensors, state = checkpoint.load(run, name)
-        optimizer.load_state(tensors, state["step"])
+    state = checkpoints.go_on()
+    if state is not None:
         now = Progress(**{key: state[key] for key in asdict(now)})
         console.print(f"Going on from step {now.step} of {total}.")
-    run.truncate_log(now.step if name else -1)
-
-    def save() -> None:
-        checkpoint.save(run, now.step, optimizer.state(), asdict(now), keep=settings.keep_checkpoints)
+    if run:
+        run.truncate_log(now.step if state else -1)
 
     def evaluate() -> bool:
         """Log the held-out loss; False when early stopping says enough."""
         optimizer.settle()
         now.held_out_loss = held_out(model, eval_rows, settings.batch_size, choice.device)
         optimizer.refresh()
-        run.log({"step": now.step, "held_out_loss": now.held_out_loss})
+        if run:
+            run.log({"step": now.step, "held_out_loss": now.held_out_loss})
         bar.evaluated(now.step, now.held_out_loss)
         if now.best_loss is None or now.held_out_loss < now.best_loss:
             now.best_loss, now.best_step, now.evaluations_without_better = now.held_out_loss, now.step, 0
             if settings.early_stopping:
-                checkpoint.save(run, now.step, optimizer.weights(), {}, keep=1, name=checkpoint.BEST)
+                checkpoints.save_best(now.step)
         else:
             now.evaluations_without_better += 1
         return not settings.early_stopping or now.evaluations_without_better < settings.early_stopping
@@ -158,9 +169,11 @@ def train(
             bar.advance(now.step, now.window_loss / now.window_targets, now.window)
             if now.step % settings.log_steps == 0 or now.step == total:
                 row = _log_row(now, done, choice)
-                run.log(row)
+                if run:
+                    run.log(row)
                 bar.logged(row)
                 now.window_loss, now.window_targets, now.window = 0.0, 0, Progress().window
+            stopping = world.sums(stop.asked)[0] > 0  # a signal reaches each process at its own time
             go_on = True
             if eval_rows and (now.step == total or (settings.eval_steps and now.step % settings.eval_steps == 0)):
                 go_on = evaluate()
@@ -169,20 +182,20 @@ def train(
                 (settings.save_steps and now.step % settings.save_steps == 0)
                 or now.step == total
                 or not go_on
-                or stop.asked
+                or stopping
             ):
-                save()
+                checkpoints.save(now.step, asdict(now), settings.keep_checkpoints)
                 clock.tick(now, 0)
             if not go_on:
                 break
-            if stop.asked and now.step < total:
-                raise progress.Interrupted(run.folder, now.step, total)
+            if stopping and now.step < total:
+                raise progress.Interrupted(run.folder if run else Path(), now.step, total)
     if settings.early_stopping and now.best_loss is not None:
-        optimizer.load_weights(checkpoint.load(run, checkpoint.BEST)[0])
+        checkpoints.load_best()
         now.held_out_loss = now.best_loss
-    optimizer.finish()
+    checkpoints.finish()
     model.eval()
-    return Trained(now.step, now.best_loss, now.held_out_loss, now.tokens, now.seconds, device.peak_mb(choice.device))
+    return Trained(now.step, now.best_loss, now.held_out_loss, now.tokens, now.seconds, _peak_mb(choice))
 
 
 class _Clock:
@@ -203,7 +216,8 @@ class _Clock:
 
 
 def _log_row(now: Progress, done: step.Done, choice: device.Choice) -> dict[str, Any]:
-    peak = device.peak_mb(choice.device)
+    peak = _peak_mb(choice)
+    cpu_seconds = distributed.world().sums(now.window["cpu_seconds"])[0]
     return {
         "step": now.step,
         "loss": now.window_loss / now.window_targets,
@@ -212,14 +226,20 @@ def _log_row(now: Progress, done: step.Done, choice: device.Choice) -> dict[str,
         "tokens": now.tokens,
         "trained_tokens": now.trained_tokens,
         "tokens_per_second": round(now.window["tokens"] / max(now.window["seconds"], 1e-9), 1),
-        "tokens_per_cpu_second": round(now.window["tokens"] / max(now.window["cpu_seconds"], 1e-9), 1),
+        "tokens_per_cpu_second": round(now.window["tokens"] / max(cpu_seconds, 1e-9), 1),
         "peak_mb": None if peak is None else round(peak, 1),
         "elapsed_seconds": round(now.seconds, 3),
     }
 
 
-def _not_a_number(run: Run, number: int, done: step.Done) -> TuneletError:
-    name = checkpoint.latest(run)
+def _peak_mb(choice: device.Choice) -> float | None:
+    """Of all processes together."""
+    peak = device.peak_mb(choice.device)
+    return None if peak is None else distributed.world().sums(peak)[0]
+
+
+def _not_a_number(run: Run | None, number: int, done: step.Done) -> TuneletError:
+    name = checkpoint.latest(run) if run else None
     return TuneletError(
         f"Training stopped at step {number}: the loss is {done.loss}, the gradient's norm {done.norm}.",
         why=f"a learning rate of {done.learning_rate:.1e} is too high for this model and data, "

@@ -61,6 +61,9 @@ class _Bucket:
         self.sizes = [p.numel() for p in parameters]
         self.n, device = sum(self.sizes), parameters[0].device
         self.low = parameters[0].dtype != torch.float32
+        self.shard = getattr(
+            parameters[0], "is_shard", False
+        )  # a part of parameters that other processes hold the rest of
         self.master = None
         if self.low and state == "float32":
             self.master = torch.cat([p.detach().reshape(-1) for p in parameters]).float()
@@ -71,7 +74,7 @@ class _Bucket:
 
     def chunks(self) -> Iterator[tuple[int, int]]:
         """Ranges to work on. Only a parameter that is a bucket of its own is larger than one chunk."""
-        size = CHUNK_ELEMENTS if len(self.parameters) == 1 else self.n
+        size = CHUNK_ELEMENTS if len(self.parameters) == 1 else max(1, self.n)  # shards may be empty
         return ((a, min(a + size, self.n)) for a in range(0, self.n, size))
 
     def write(self, a: int, b: int, values: torch.Tensor) -> None:
@@ -122,12 +125,14 @@ class AdamW:
         self.betas, self.weight_decay, self.eps, self.seed, self.state_dtype = betas, weight_decay, eps, seed, state
         self.steps = 0
         self.accumulating = False
+        self.sum_over_shards: Callable[[float], float] = float  # of a figure of this process' shards
         classes: dict[tuple, list[tuple[str, torch.nn.Parameter]]] = {}
         for name, p in named_parameters:
             if p.requires_grad:
-                classes.setdefault((str(p.device), p.dtype, p.ndim >= 2), []).append((name, p))
+                kind = (str(p.device), p.dtype, p.ndim >= 2, getattr(p, "is_shard", False))
+                classes.setdefault(kind, []).append((name, p))
         self.buckets: list[_Bucket] = []
-        for (_, _, decay), members in classes.items():
+        for (_, _, decay, _), members in classes.items():
             start = size = 0
             for i, (_, p) in enumerate(members):
                 if i > start and size + p.numel() > CHUNK_ELEMENTS:
@@ -136,7 +141,7 @@ class AdamW:
                 size += p.numel()
             self._bucket(members[start:], decay)
         self._place = {p: (bucket, i) for bucket in self.buckets for i, p in enumerate(bucket.parameters)}
-        self._hooks = [p.register_post_accumulate_grad_hook(self._take) for p in self._place]
+        self._hooks = [p.register_post_accumulate_grad_hook(self.take) for p in self._place]
 
     def _bucket(self, members, decay):
         self.buckets.append(_Bucket([p for _, p in members], [name for name, _ in members], decay, self.state_dtype))
@@ -149,7 +154,7 @@ class AdamW:
     # -- gradients of several micro-batches ----------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _take(self, p: torch.nn.Parameter) -> None:
+    def take(self, p: torch.nn.Parameter) -> None:
         """While accumulating: move a gradient into its sum as soon as the backward has made it, and free it."""
         if not self.accumulating or p.grad is None:
             return
@@ -176,6 +181,8 @@ class AdamW:
     def add_up(self, sum_over_processes: Callable[[torch.Tensor], None]) -> None:
         """The accumulated gradients become those of all processes; one that accumulated nothing counts as zero."""
         for i, bucket in enumerate(self.buckets):
+            if bucket.shard:
+                continue  # added up when it was made
             self._make_sum(bucket)
             generator = self._generator(i)
             for a, b in bucket.chunks():
@@ -193,9 +200,16 @@ class AdamW:
             self._sum_noise = torch.Generator().manual_seed((self.seed * 1_000_003 + self.steps) * 4099 - 1 - number)
 
     def _norm(self) -> float:
-        grads = [bucket.accumulated for bucket in self.buckets if bucket.accumulated is not None]
+        parts = [bucket for bucket in self.buckets if bucket.shard]
+        if not parts:
+            return self._norm_of(self.buckets)
+        whole = self._norm_of([bucket for bucket in self.buckets if not bucket.shard])
+        return (whole**2 + self.sum_over_shards(self._norm_of(parts) ** 2)) ** 0.5
+
+    def _norm_of(self, buckets: list[_Bucket]) -> float:
+        grads = [bucket.accumulated for bucket in buckets if bucket.accumulated is not None]
         if not grads:
-            grads = [p.grad for bucket in self.buckets for p in bucket.parameters if p.grad is not None]
+            grads = [p.grad for bucket in buckets for p in bucket.parameters if p.grad is not None]
         norms = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads]
         return float(torch.linalg.vector_norm(torch.stack([norm.cpu() for norm in norms]))) if norms else 0.0
 

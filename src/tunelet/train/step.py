@@ -76,6 +76,7 @@ class Stepper:
     optimizer: AdamW
     recipe: Recipe
     device: str
+    sharded: bool = False  # a layer computes only where every process computes it
 
     def __post_init__(self):
         self.loss_of: Callable[..., torch.Tensor] = losses()[self.recipe.method]
@@ -92,12 +93,17 @@ class Stepper:
             )
         # dropout, a function of (seed, step, process)
         torch.manual_seed(settings.seed * 1_000_003 + step + (world.rank << 40))
-        batches = [pack.make_batch(part) for part in micro_batches(world.mine(rows), settings)]
+        divided = [micro_batches(part, settings) for part in distributed.divide(rows, world.size)]
+        batches = [pack.make_batch(part) for part in divided[world.rank]]
         loss = 0.0
         for number, batch in enumerate(batches):
             if len(batches) > 1 or world.size > 1:
                 self.optimizer.accumulate(number)
             loss += self._backward(batch.to(self.device), targets)
+        if self.sharded:
+            for number in range(len(batches), max(map(len, divided))):
+                self.optimizer.accumulate(number)
+                self._take_part(rows)
         if world.size > 1:
             self.optimizer.add_up(world.add_up)
             loss = world.sums(loss)[0]
@@ -116,3 +122,8 @@ class Stepper:
         part = self.loss_of(self.model, batch, targets)
         part.backward()
         return float(part.detach())
+
+    def _take_part(self, rows: Sequence[Tokens]) -> None:
+        """A forward and backward that adds nothing, while other processes still have some to make."""
+        batch = pack.make_batch([min((row for row in rows if row.trained), key=lambda row: len(row.ids))])
+        (self.loss_of(self.model, batch.to(self.device), 1) * 0.0).backward()
