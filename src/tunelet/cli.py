@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from tunelet import __version__
-from tunelet.commands import ask, data, machine, recipe, results, train
+from tunelet.commands import ask, common, data, machine, recipe, results, train
 from tunelet.errors import TuneletError, did_you_mean
 
 app = typer.Typer(
@@ -69,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # a terminal without Korean letters still gets the rest
     try:
         args = _json_to_stdout(sys.argv[1:] if argv is None else list(argv))
+        common.check_processes(next((arg for arg in args if not arg.startswith("-")), ""))
         code = app(args=args, prog_name="tunelet", standalone_mode=False)
         sys.stdout.flush()
         if code == 130:  # typer's own answer to Ctrl-C

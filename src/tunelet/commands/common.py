@@ -78,6 +78,21 @@ def print_wrapped(console: Console, line: str, style: str = "") -> None:
         console.print(Padding(part, (0, 0, 0, first + (2 if number else 0))), soft_wrap=False)
 
 
+def check_processes(verb: str) -> None:
+    """Raises TuneletError where torchrun started several processes of a verb that runs in one."""
+    from tunelet.train import distributed
+
+    here = distributed.asked()
+    if here.size == 1 or verb == "train":
+        return
+    if not here.first:
+        raise SystemExit(2)
+    raise TuneletError(
+        f"tunelet {verb} runs in one process, and torchrun started {here.size}.",
+        fix="Train with torchrun ... -m tunelet train, and do the rest without it: tunelet eval, tunelet report",
+    )
+
+
 def check_json(json_to: str | None) -> None:
     """Fail before the work where the figures could not be written after it."""
     if json_to in (None, "-"):

@@ -62,7 +62,33 @@ def train(
     ] = None,
     json_to: Json = None,
 ) -> None:
-    """Train a model: pretrain (plain text) or sft (conversations). The same command after a crash goes on."""
+    """Train a model: pretrain (plain text) or sft (conversations). The same command after a crash goes on.
+
+    Several processes or GPUs: torchrun --nproc-per-node N -m tunelet train ... (docs/scale.md).
+    """
+    from tunelet.train import distributed
+
+    with distributed.joined() as world:
+        if world.first:
+            _first(method, recipe, model, data, columns, adapter, sets, out, resume, json_to)
+        else:
+            from tunelet.train import follow
+
+            follow.follow()
+
+
+def _first(
+    method: str | None,
+    recipe: str | None,
+    model: str | None,
+    data: list[str] | None,
+    columns: list[str] | None,
+    adapter: str | None,
+    sets: list[str] | None,
+    out: Path | None,
+    resume: Path | None,
+    json_to: str | None,
+) -> None:
     console = open_console(json_to)
     if resume is not None:
         given = {"METHOD": method, "--recipe": recipe, "--model": model, "--data": data, "--column": columns,

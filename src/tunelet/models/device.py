@@ -29,7 +29,7 @@ class Choice:
     """device: "cpu", "cuda" or "mps"; dtype: "float32" or "bfloat16"; reasons: why, one sentence for each field.
 
     matmul_precision: what `torch.set_float32_matmul_precision` gets ("highest", or "medium": oneDNN's kernels on a
-    CPU).
+    CPU). processes: how many train together (torchrun), each with so many threads.
     """
 
     device: str
@@ -37,6 +37,7 @@ class Choice:
     threads: int
     reasons: dict[str, str] = field(default_factory=dict)
     matmul_precision: str = "highest"
+    processes: int = 1
 
 
 def choose(device: str = "auto", dtype: str = "auto", threads: int = 0) -> Choice:
@@ -48,7 +49,7 @@ def choose(device: str = "auto", dtype: str = "auto", threads: int = 0) -> Choic
     precision = "highest"
     if device == "cpu" and dtype == "float32":
         precision, reasons["matmul_precision"] = _matmul_precision(threads)
-    return Choice(device, dtype, threads, reasons, precision)
+    return Choice(device, dtype, threads, reasons, precision, int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def apply(choice: Choice) -> None:
@@ -139,9 +140,13 @@ def _threads(asked: int) -> tuple[int, str]:
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     if asked:
         return asked, "asked for"
-    if os.environ.get("OMP_NUM_THREADS", "").isdigit():
-        return int(os.environ["OMP_NUM_THREADS"]), "OMP_NUM_THREADS says so"
+    # torchrun sets OMP_NUM_THREADS to 1 where nobody has set it: not a wish of anybody's
+    processes, said = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), os.environ.get("OMP_NUM_THREADS", "")
+    if said.isdigit() and not (processes > 1 and said == "1"):
+        return int(said), "OMP_NUM_THREADS says so"
     physical = max(1, usable // _threads_per_core())
+    if processes > 1:
+        return max(1, physical // processes), f"{physical} physical cores shared by {processes} processes"
     return physical, f"{physical} physical cores may be used by this process"
 
 

@@ -117,9 +117,10 @@ def world() -> World:
 
 def asked() -> World:
     """What torchrun says in the environment; ALONE where it started one process or did not start this one."""
-    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    if not all(name in os.environ for name in names) or os.environ["WORLD_SIZE"] == "1":
         return ALONE
-    return World(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")))
+    return World(*(int(os.environ[name]) for name in names))
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from tunelet.errors import TuneletError
 from tunelet.recipe import Recipe
 from tunelet.runs import lock, report
 from tunelet.runs.record import Run, check_folder, is_run, must_be_free
-from tunelet.train import defaults, energy
+from tunelet.train import defaults, energy, follow
 from tunelet.train.progress import Interrupted
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def run_training(recipe: Recipe, out: Path, *, origins: Mapping[str, str] | None
     behind.
     """
     recipe, origins = resolve(recipe, origins or {})
+    follow.tell_recipe(recipe)
     with opened(recipe, out, origins, contextlib.nullcontext()) as (run, prepared):
         choice = choose(recipe, run, console)
         trained = train_and_save(recipe, run, prepared, None, choice, console)
@@ -136,12 +137,13 @@ def choose(recipe: Recipe, run: Run, console: Any) -> Choice:
 
     choice = device.choose(recipe.model.device, recipe.model.dtype, recipe.model.threads)
     began = (run.read_json("env.json") or {}).get("choice")
-    if began and began["device"] == choice.device:
+    if began and (began["device"], began.get("processes", 1)) == (choice.device, choice.processes):
         choice = device.Choice(**began)
     device.apply(choice)
     run.write_env(choice)
+    each = f" in each process ({choice.reasons['threads']})" if choice.processes > 1 else ""
     console.print(
-        f"{choice.device}, {choice.dtype} ({choice.reasons['dtype']}), {choice.threads} threads",
+        f"{choice.device}, {choice.dtype} ({choice.reasons['dtype']}), {choice.threads} threads{each}",
         markup=False,
         highlight=False,
     )
@@ -193,6 +195,7 @@ def train_and_save(recipe: Recipe, run: Run, prepared: Prepared, model: Any, cho
     from tunelet.models import save
     from tunelet.train import loop
 
+    follow.tell_settled(recipe, choice, prepared, run.folder / TOKENIZER)
     if model is None:
         with energy.metered(run, "loading", choice.device):
             model = load_for_training(recipe, prepared, choice)
