@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if type(error).__name__ == "NoArgsIsHelpError":  # a bare `tunelet` or `tunelet data`
             print(error.format_message())  # type: ignore[attr-defined]
             return 0
-        return _tell(_usage(error), 2)
+        return _tell(_usage(error), 2) if common.first_process() else 2
     except typer.Exit as end:
         return end.exit_code
     except (KeyboardInterrupt, typer.Abort) as error:

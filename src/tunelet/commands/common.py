@@ -78,6 +78,13 @@ def print_wrapped(console: Console, line: str, style: str = "") -> None:
         console.print(Padding(part, (0, 0, 0, first + (2 if number else 0))), soft_wrap=False)
 
 
+def first_process() -> bool:
+    """Whether this is the process to speak of a mistake that all find: torchrun starts all with one command line."""
+    from tunelet.train import distributed
+
+    return distributed.asked().first
+
+
 def check_processes(verb: str) -> None:
     """Raises TuneletError where torchrun started several processes of a verb that runs in one."""
     from tunelet.train import distributed

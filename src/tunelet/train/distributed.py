@@ -15,9 +15,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import time
+import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunelet.errors import TuneletError
@@ -31,7 +34,7 @@ if TYPE_CHECKING:
 # and has to be longer than what process 0 does alone (checking data, writing a checkpoint).
 PATIENCE = timedelta(hours=1)
 # A mistake that all processes find is told by process 0: the others give it this long to do so.
-COURTESY = timedelta(seconds=3)
+COURTESY = 3.0  # seconds
 FAILED = "tunelet/failed"
 
 
@@ -171,18 +174,30 @@ class Lost(TuneletError):
 
 def _is_ours_to_tell(error: BaseException, here: World) -> bool:
     """Whether no other process has told of an error yet. Leaves a note of this one for the others."""
-    import torch.distributed as dist
-
-    told = {"process": here.rank, "what": str(error) or type(error).__name__, "code": _exit_code(error)}
+    told = {"process": here.rank, "code": _exit_code(error)}
     if isinstance(error, TuneletError):
         told |= {"what": error.what, "why": error.why, "fix": error.fix}
-    with contextlib.suppress(dist.DistError, RuntimeError):  # the store may be gone with the process that kept it
-        if not here.first and not isinstance(error, Lost):
-            with contextlib.suppress(dist.DistStoreError):
-                _store.wait([FAILED], COURTESY)
-        note = json.dumps(told)
+    else:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        told["what"] = str(error) or type(error).__name__
+        told["why"] = f"{type(error).__name__} in {Path(place.filename).name}, line {place.lineno}"
+    if not here.first and not isinstance(error, Lost):
+        _note()
+    note = json.dumps(told)
+    with contextlib.suppress(RuntimeError):  # the store is gone where the process that kept it is
         return _store.compare_set(FAILED, "", note).decode() == note
     return True
+
+
+def _note() -> dict[str, Any]:
+    """What a process has left about its error, as soon as there is something; {} after a few seconds without."""
+    until = time.monotonic() + COURTESY
+    with contextlib.suppress(RuntimeError):
+        while time.monotonic() < until:
+            if _store.check([FAILED]):
+                return json.loads(_store.get(FAILED))
+            time.sleep(0.05)
+    return {}
 
 
 @contextlib.contextmanager
@@ -191,19 +206,14 @@ def _together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # all errors of torch.distributed are
-        import torch.distributed as dist
-
-        note = {}
-        with contextlib.suppress(dist.DistError, RuntimeError):
-            _store.wait([FAILED], COURTESY)
-            note = json.loads(_store.get(FAILED))
+        note = _note()
         if note:
-            lost = Lost(f"Process {note['process']}: {note['what']}", why=note.get("why", ""), fix=note.get("fix", ""))
+            lost = Lost(f"Process {note['process']}: {note['what']}", why=note["why"], fix=note.get("fix", ""))
             lost.exit_code = note["code"]
             raise lost from None
         raise Lost(
             "Another process of this training has ended, or cannot be reached.",
-            why=str(error).strip().splitlines()[0],
+            why=str(error).strip().splitlines()[0].rpartition("] ")[2].split(". ")[0],
             fix="Where the system ended it for lack of memory: fewer processes, a smaller train.tokens_per_batch, or "
             "--set train.parallel=fsdp. The same command goes on from the last checkpoint.",
         ) from error
