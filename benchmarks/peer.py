@@ -35,23 +35,26 @@ SHOWN = (
     "padding_free",
 )
 
-# settings: of SFTConfig and DPOConfig. micro: rows of one forward and backward; the rest of a step is accumulated.
+# settings: of SFTConfig and DPOConfig. micro: rows of one forward and backward by kind of rows (none: all of a step's);
+# the rest of the step is accumulated.
 # bucketed: the rows come grouped by length, as well as train_sampling_strategy="group_by_length" could.
 # "trl-best" was found by trying (docs/benchmarks.md).
 SETTINGS: dict[str, dict[str, Any]] = {
-    "trl-default": {"settings": {}, "micro": 0, "bucketed": False},
+    "trl-default": {"settings": {}, "micro": {}, "bucketed": False},
     "trl-best": {
         "settings": {"model_init_kwargs": {"dtype": "bfloat16"}, "bf16": False, "gradient_checkpointing": False},
-        "micro": 2,
+        "micro": {"long": 2, "short": 4},
         "bucketed": True,
     },
 }
 
 
-def settings(variant: str, batch_size: int, given: Mapping[str, Any]) -> dict[str, Any]:
-    """All settings of a variant for a step of `batch_size` rows; `given` (--peer-set) comes last."""
+def settings(variant: str, kind: str, batch_size: int, given: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings of a variant for a step of `batch_size` rows of a kind; `given` (--peer-set) comes last."""
     chosen = SETTINGS[variant]
-    micro = chosen["micro"] if chosen["micro"] and batch_size % chosen["micro"] == 0 else batch_size
+    micro = chosen["micro"].get(kind, batch_size)
+    if batch_size % micro:
+        micro = batch_size
     split = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": batch_size // micro}
     return {**split, **chosen["settings"], **given}
 
@@ -124,7 +127,7 @@ def _train(
             use_cpu=spec["device"] == "cpu",
             seed=spec["seed"],
             **PLUMBING,
-            **settings(spec["variant"], batch, spec["peer_set"]),
+            **settings(spec["variant"], spec["rows"], batch, spec["peer_set"]),
         ),
         train_dataset=Dataset.from_dict(columns([*warm, *timed])),
         processing_class=_tokenizer(shapes.SHAPES[spec["shape"]]["vocab_size"]),

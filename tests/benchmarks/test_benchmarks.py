@@ -164,8 +164,9 @@ def test_a_rate_is_tokens_of_the_timed_rows_by_cpu_seconds():
 def test_settings_that_are_tried_make_steps_of_the_same_size():
     for given in settings.tried(8).values():
         assert given["per_device_train_batch_size"] * given["gradient_accumulation_steps"] == 8
-    best = peer.settings("trl-best", 8, {})
-    assert best in settings.tried(8).values(), "what is called the best was not tried"
+    for kind in rows.KINDS:
+        best = peer.settings("trl-best", kind, 8, {})
+        assert best in settings.tried(8).values(), "what is called the best was not tried"
 
 
 @pytest.mark.parametrize(("digest", "loss"), [("b", 6.0), ("a", 6.3)])
@@ -177,11 +178,12 @@ def test_unequal_work_is_noticed(digest, loss):
 
 
 def test_peer_settings():
-    assert peer.settings("trl-default", 8, {}) == {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
-    best = peer.settings("trl-best", 8, {"bf16": True})
+    whole = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+    assert peer.settings("trl-default", "long", 8, {}) == whole
+    best = peer.settings("trl-best", "short", 8, {"bf16": True})
     assert best["per_device_train_batch_size"] * best["gradient_accumulation_steps"] == 8
     assert best["bf16"] is True
-    assert peer.settings("trl-best", 7, {})["per_device_train_batch_size"] == 7  # 7 rows are not cut by two
+    assert peer.settings("trl-best", "long", 7, {})["per_device_train_batch_size"] == 7  # 7 rows are not cut by two
 
 
 # --- the ladder's file and the page -------------------------------------------------------------------------------
