@@ -27,6 +27,10 @@ MODES: dict[str, tuple[int, tuple[str, ...]]] = {
         0,
         ("train.optimizer_state=bfloat16", "train.gradient_checkpointing=on", "train.tokens_per_batch=1024"),
     ),
+    "full-smallest": (
+        0,
+        ("train.optimizer_state=float8", "train.gradient_checkpointing=on", "train.tokens_per_batch=512"),
+    ),
     "lora": (train.RANK, ()),
     "lora-checkpointed": (train.RANK, ("train.gradient_checkpointing=on",)),
     "lora-int8": (train.RANK, ("model.quantization=int8",)),
