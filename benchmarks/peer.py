@@ -7,6 +7,7 @@ only.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ SHOWN = (
     "gradient_accumulation_steps",
     "torch_compile",
     "padding_free",
+    "use_liger_kernel",
 )
 
 # settings: of SFTConfig and DPOConfig. micro: rows of one forward and backward by kind of rows (none: all of a step's);
@@ -49,9 +51,20 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def settings(variant: str, kind: str, batch_size: int, given: Mapping[str, Any]) -> dict[str, Any]:
-    """All settings of a variant for a step of `batch_size` rows of a kind; `given` (--peer-set) comes last."""
+def settings(variant: str, kind: str, batch_size: int, given: Mapping[str, Any], device: str = "cpu") -> dict[str, Any]:
+    """All settings of a variant for a step of `batch_size` rows of a kind; `given` (--peer-set) comes last.
+
+    On a GPU the best is one stream without padding where flash-attn is installed, and Liger's kernels where they are.
+    """
     chosen = SETTINGS[variant]
+    if device == "cuda" and variant == "trl-best":
+        best = dict(chosen["settings"])
+        if importlib.util.find_spec("flash_attn"):
+            flash = {"dtype": "bfloat16", "attn_implementation": "flash_attention_2"}
+            best |= {"model_init_kwargs": flash, "padding_free": True, "max_length": None}
+        if importlib.util.find_spec("liger_kernel"):
+            best["use_liger_kernel"] = True
+        return {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": 1, **best, **given}
     micro = chosen["micro"].get(kind, batch_size)
     if batch_size % micro:
         micro = batch_size
@@ -127,7 +140,7 @@ def _train(
             use_cpu=spec["device"] == "cpu",
             seed=spec["seed"],
             **PLUMBING,
-            **settings(spec["variant"], spec["rows"], batch, spec["peer_set"]),
+            **settings(spec["variant"], spec["rows"], batch, spec["peer_set"], spec["device"]),
         ),
         train_dataset=Dataset.from_dict(columns([*warm, *timed])),
         processing_class=_tokenizer(shapes.SHAPES[spec["shape"]]["vocab_size"]),

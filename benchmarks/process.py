@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -46,7 +47,7 @@ def measure(spec: Mapping[str, Any], label: str) -> dict[str, Any]:
     """Runs `python -m benchmarks.worker` on `spec` and returns what it printed.
 
     This process stays small: on Linux a child begins with its parent's peak of memory as its own. Raises TuneletError
-    where the worker fails, with the end of its log.
+    where the worker fails, with the end of its log (which stays; that of a success goes).
     """
     folder = Path(tempfile.mkdtemp(prefix="run-", dir=spec["scratch"]))
     log = folder / "log.txt"
@@ -67,7 +68,7 @@ def measure(spec: Mapping[str, Any], label: str) -> dict[str, Any]:
         except BaseException:  # Ctrl-C, or a stop from outside: the worker must not go on alone
             worker.kill()
             raise
-    if code == 2:
+    if code == 2 and out.startswith("{"):
         raise TuneletError(f"{label}: {json.loads(out)['error']}")
     if code != 0 or not out.strip():
         shown = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-12:] if log.exists() else []
@@ -76,6 +77,7 @@ def measure(spec: Mapping[str, Any], label: str) -> dict[str, Any]:
             why="\n".join(shown) or "it said nothing",
             fix=f"The whole log is {log}." + (" It was killed: probably for memory." if code in (-9, 137) else ""),
         )
+    shutil.rmtree(folder)
     return json.loads(out)
 
 

@@ -71,7 +71,7 @@ def contestants(options: Namespace) -> list[str]:
         chosen = [name for name in chosen if name in options.only]
     given = work(options)["peer_set"]
     for name in chosen[1:] if OURS in chosen else chosen:
-        settings = peer.settings(name, options.rows, options.batch_size, given)
+        settings = peer.settings(name, options.rows, options.batch_size, given, options.device)
         rows_of_step = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"]
         if rows_of_step != options.batch_size:
             raise TuneletError(

@@ -79,17 +79,14 @@ def main(path: str) -> int:
     if spec["task"] == "checkpoint":
         result: dict[str, Any] = {"model": str(shapes.write(spec["shape"], Path(spec["scratch"])))}
     else:
-        measure.set_up(spec["device"], spec["threads"])
-        if spec["task"] == "gemm":
-            result = measure.gemm(spec["device"])
-        else:
-            try:
-                result = step(spec, tell)
-            except Exception as error:
-                if getattr(error, "exit_code", None) != 2:  # TuneletError, without importing it: see below
-                    raise
-                os.write(out, json.dumps({"error": str(error)}).encode())
-                return 2
+        try:
+            measure.set_up(spec["device"], spec["threads"])
+            result = measure.gemm(spec["device"]) if spec["task"] == "gemm" else step(spec, tell)
+        except Exception as error:
+            if getattr(error, "exit_code", None) != 2:  # TuneletError, which is not imported: see the top
+                raise
+            os.write(out, json.dumps({"error": str(error)}).encode())
+            return 2
     os.write(out, (json.dumps(result) + "\n").encode())
     return 0
 
