@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 PATIENCE = timedelta(hours=1)
 # A mistake that all processes find is told by process 0: the others give it this long to do so.
 COURTESY = 3.0  # seconds
-FAILED = "tunelet/failed"
+FAILED = "failed"
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class World:
 
 
 ALONE = World()
-_here, _store = ALONE, None
+_here, _store, _joins = ALONE, None, 0
 
 
 def world() -> World:
@@ -133,7 +133,7 @@ def joined() -> Iterator[World]:
     An error in one process ends all: it is raised on in one of them, to be told there, and the others leave by
     SystemExit with the same exit code and say nothing.
     """
-    global _here, _store
+    global _here, _store, _joins
     here = asked()
     if here.size == 1:
         yield here
@@ -144,7 +144,8 @@ def joined() -> Iterator[World]:
     if torch.cuda.is_available():
         torch.cuda.set_device(here.local_rank)
     with _together():
-        _store, _, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
+        _joins += 1  # addresses and notes that an earlier group left in the store are not this one's
+        _store = dist.PrefixStore(f"tunelet-{_joins}", next(dist.rendezvous("env://", timeout=PATIENCE))[0])
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=_store, rank=here.rank, world_size=here.size, timeout=PATIENCE)
     _here = here
