@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
     _common(t)
     t.add_argument("--peer-set", action="append", default=[], metavar="KEY=JSON", help="a setting of the peer's config")
     t.add_argument("--batch-size", type=_positive, default=8, help="rows of an optimizer step")
-    t.add_argument("--compile", action="store_true", help="the same as --set train.compile=on")
+    t.add_argument("--compile", action="store_true", help="the same as --set train.compile=true")
     t.set_defaults(run=train.run)
 
     s = verbs.add_parser("settings", help="which settings make the peer fastest on this machine")

@@ -65,14 +65,17 @@ def sft(
             losses.append(done.loss)
             tell(f"step {number + 1} of {total}")
 
-    run(warm, 0)
     clock = Clock(choice.device)
+    clock.start()
+    run(warm, 0)
+    warmed = clock.stop()
     clock.start()
     run(timed, len(warm) // spec["batch_size"])
     reading = clock.stop()
     trained = [p for p in model.parameters() if p.requires_grad]
     facts = {
         "loss": sum(losses) / len(losses),
+        "warm_seconds": warmed.wall,
         "weights": choice.dtype,
         "trained_parameters": sum(p.numel() for p in trained),
         "trained_dtype": str(trained[0].dtype).removeprefix("torch."),

@@ -47,7 +47,7 @@ def step(trains: list[dict[str, Any]], path: Path) -> None:
     labels = []
     for at, content in enumerate(trains):
         names = list(content["contestants"])
-        compiled = ", compiled" if "train.compile=on" in content["work"]["set"] else ""
+        compiled = ", compiled" if "train.compile=true" in content["work"]["set"] else ""
         labels.append(f"{report.METHODS[content['method']]}\n{content['work']['rows']} rows{compiled}")
         for place, name in enumerate(names):
             got, y = content["contestants"][name], at + (place - (len(names) - 1) / 2) * 0.27

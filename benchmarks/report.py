@@ -77,7 +77,7 @@ def train_table(files: Sequence[tuple[str, dict[str, Any]]]) -> str:
     for _, content in files:
         ours = content["contestants"].get("tunelet")
         what = f"{METHODS[content['method']]}, {content['work']['rows']}"
-        if "train.compile=on" in content["work"]["set"]:
+        if "train.compile=true" in content["work"]["set"]:
             what += ", compiled"
         for name, got in content["contestants"].items():
             speed = memory = ""
@@ -91,7 +91,11 @@ def train_table(files: Sequence[tuple[str, dict[str, Any]]]) -> str:
             )
             what = ""
     notes = dict.fromkeys(_conditions(content) for _, content in files)
-    return "\n".join(lines) + "\n\n" + "\n".join(notes)
+    for _, content in files:
+        if "train.compile=true" in content["work"]["set"]:
+            ours, warm = content["contestants"]["tunelet"], content["work"]["warm"]
+            notes[f"Compiled: the first {warm} steps took {ours['facts']['warm_seconds']:.0f} s by the clock."] = None
+    return "\n".join(lines) + "\n\n" + "\n\n".join(notes)
 
 
 METHODS = {"sft": "SFT, all weights", "lora": "LoRA r=16", "dpo": "DPO"}

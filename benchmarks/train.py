@@ -99,7 +99,7 @@ def work(options: Namespace) -> dict[str, Any]:
         "batch_size": options.batch_size,
         "rank": RANK if options.method == "lora" else 0,
         "seed": options.seed,
-        "set": [*(["train.compile=on"] if options.compile else []), *options.set],
+        "set": [*(["train.compile=true"] if options.compile else []), *options.set],
         "peer_set": dict(setting_of(pair) for pair in options.peer_set),
     }
 

@@ -249,6 +249,17 @@ def test_the_page_is_filled_from_the_files(tmp_path):
     assert cli.main(["report", "--results", str(tmp_path), "--page", str(page), "--check"]) == 0
 
 
+def test_compile_is_a_recipe_key_and_its_start_is_told(tmp_path):
+    options = cli.parser().parse_args(["train", "--compile", "--set", "train.seed=3"])
+    assert train.work(options)["set"] == ["train.compile=true", "train.seed=3"]
+    content = result(work={"rows": "long", "shape": "135M", "steps": 2, "warm": 3, "set": ["train.compile=true"]})
+    content["contestants"]["tunelet"]["facts"]["warm_seconds"] = 41.7
+    (tmp_path / "c.json").write_text(json.dumps(content))
+    text = report.fill("<!-- train: c.json -->\n<!-- end -->\n", tmp_path)
+    assert "SFT, all weights, long, compiled" in text
+    assert "the first 3 steps took 42 s" in text
+
+
 def test_tried_settings_are_shown_fastest_first(tmp_path):
     tried = [
         {"name": "slow", "tokens_per_cpu_second": 10.0, "peak_mb": 1.0},
