@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
@@ -60,6 +62,19 @@ def test_checkpointing_gives_the_same_loss_and_gradients(tiny_model_folder, adap
     first.register_forward_hook(lambda *_: calls.append(1))
     same(plain, loss_and_gradients(model))
     assert len(calls) == 2, "computed again in the backward"
+
+
+def test_checkpointing_keeps_nothing_from_inside_a_layer(tiny_model_folder):
+    """Hooks inside a checkpointed layer would win over the checkpoint's own and keep what it means to let go."""
+    model = make_ready(lora(load.load_model(tiny_model_folder, CPU)), checkpointing=True).train()
+    width, rows = model.config.intermediate_size, batch()
+    loss = head.nll_sum(model, rows, 0.1)
+    wide = [
+        tensor.shape
+        for tensor in gc.get_objects()
+        if type(tensor) is torch.Tensor and tensor.shape[-2:] == (len(rows.input_ids), width)
+    ]
+    assert loss.requires_grad and not wide
 
 
 @pytest.mark.slow

@@ -180,13 +180,17 @@ def _eps(norm: Any) -> float:
     return norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
 
 
-def speed_up(model: nn.Module) -> int:
-    """Give the model's norms, gated MLPs and LoRA layers their faster forms, in place; how many took one."""
+def speed_up(model: nn.Module, *, mlps: bool = True) -> int:
+    """Give the model's norms, gated MLPs and LoRA layers their faster forms, in place; how many took one.
+
+    mlps: off under checkpointing, whose hooks do not see what a gated MLP's own hooks keep: gate and up of every layer
+    would stay until the backward.
+    """
     like = model.get_input_embeddings().weight
     adapted = hasattr(model, "peft_config")
     found = 0
     for module in list(model.modules()):
-        found += _norm(module) or _mlp(module, like) or (adapted and _lora(module))
+        found += _norm(module) or (mlps and _mlp(module, like)) or (adapted and _lora(module))
     return found
 
 

@@ -21,7 +21,7 @@ def make_ready(model: Any, *, checkpointing: bool = False, compiled: bool = Fals
     if compiled:
         _compile_layers(base)  # fuses what the faster forms of layers.py do by hand
     else:
-        layers.speed_up(model)
+        layers.speed_up(model, mlps=not checkpointing)
     if checkpointing:
         if not base.supports_gradient_checkpointing:
             raise TuneletError(
