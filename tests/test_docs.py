@@ -16,6 +16,7 @@ from tunelet import cli, starter
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = ["README.md", "README.ko.md"]
+SCALE = ["docs/scale.md", "docs/scale.ko.md"]  # its commands are run by train/test_distributed.py
 needs_base = pytest.mark.skipif(
     not (starter.BASE / "model.safetensors").is_file(), reason="the shipped base model is not here"
 )
@@ -94,11 +95,11 @@ def test_the_starters_rows(workplace, monkeypatch):
         run(line, monkeypatch)
 
 
-@pytest.mark.parametrize("name", READMES)
+@pytest.mark.parametrize("name", [*READMES, *SCALE])
 def test_every_block_is_run_or_checked(name):
     for block in blocks(name):
         for line in block:
-            program, *args = shlex.split(line)
+            program, *args = shlex.split(re.sub(r"^torchrun .* -m tunelet", "tunelet", line))
             assert program in ("make", "tunelet"), line
             if program == "tunelet":
                 known = commands(cli.app)
@@ -108,18 +109,19 @@ def test_every_block_is_run_or_checked(name):
                 assert told.returncode == 0, told.stderr
 
 
-def test_both_languages_have_the_same_commands():
-    assert [[re.sub(r'"[^"]*"', '""', line) for line in block] for block in blocks(READMES[0])] == [
-        [re.sub(r'"[^"]*"', '""', line) for line in block] for block in blocks(READMES[1])
+@pytest.mark.parametrize("names", [READMES, SCALE], ids=["readme", "scale"])
+def test_both_languages_have_the_same_commands(names):
+    assert [[re.sub(r'"[^"]*"', '""', line) for line in block] for block in blocks(names[0])] == [
+        [re.sub(r'"[^"]*"', '""', line) for line in block] for block in blocks(names[1])
     ]
     one, two = (
         sorted({part for part in inline(name) if part.startswith(("tunelet", "make", "python", "uv", "pip", "--"))})
-        for name in READMES
+        for name in names
     )
     assert one == two
-    headings = [re.findall(r"^#+ ", text(name), flags=re.M) for name in READMES]
+    headings = [re.findall(r"^#+ ", text(name), flags=re.M) for name in names]
     assert headings[0] == headings[1]
-    rows = [text(name).count("\n|") for name in READMES]
+    rows = [text(name).count("\n|") for name in names]
     assert rows[0] == rows[1], "tables of different length"
 
 
@@ -130,9 +132,9 @@ def test_every_verb_is_in_the_table(name):
         assert f"tunelet {verb[0]}" in told and verb[-1] in told, verb
 
 
-@pytest.mark.parametrize("name", [*READMES, "CONTRIBUTING.md"])
+@pytest.mark.parametrize("name", [*READMES, *SCALE, "CONTRIBUTING.md"])
 def test_flags_and_files_named_exist(name):
-    known = options() | {"--help", "--find-links"}
+    known = options() | {"--help", "--find-links", "--nproc-per-node", "--shutdown-timeout"}  # the last are torchrun's
     for part in inline(name):
         for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", part):
             assert flag in known, f"{flag} in `{part}`"
