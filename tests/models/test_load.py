@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +17,7 @@ from tunelet.errors import TuneletError
 from tunelet.models import load, save, weights
 from tunelet.models.device import Choice
 
+SRC = str(Path(load.__file__).parents[2])
 FP32, BF16 = Choice("cpu", "float32", 1), Choice("cpu", "bfloat16", 1)
 
 
@@ -190,3 +195,78 @@ def test_a_new_model_is_a_function_of_the_seed():
         load.new_model({"model_type": "lama"}, 100, ids, 0, FP32)
     with pytest.raises(TuneletError, match="architecture"):
         load.new_model({**shape, "num_attention_heads": 5}, 100, ids, 0, FP32)
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("choice", [FP32, BF16])
+def test_every_stored_dtype_loads_as_plain_transformers_loads_it(tiny_model, stored, choice, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    tiny_model.to(getattr(torch, stored)).save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(weights.files(tmp_path)) > 2
+    ours = load.load_model(tmp_path, choice)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=getattr(torch, choice.dtype))
+    assert all(torch.equal(a, b) for a, b in zip(plain.state_dict().values(), ours.state_dict().values(), strict=True))
+    assert ours.lm_head.weight is ours.model.embed_tokens.weight
+    assert ours.name_or_path == str(tmp_path)
+    assert ours.generation_config.to_dict() == plain.generation_config.to_dict()
+    mine, theirs = ({**m.config.to_dict(), "_name_or_path": ""} for m in (ours, plain))
+    assert mine == theirs
+
+
+def test_training_does_not_write_to_the_files_it_came_from(folder):
+    before = (folder / "model.safetensors").read_bytes()
+    model = load.load_model(folder, FP32)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1.0)
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_a_file_that_shrinks_while_it_is_read(folder):
+    from tunelet.models.weights import tensors
+
+    found = tensors(folder, "bfloat16", mapped=True)["model.norm.weight"]
+    (folder / "model.safetensors").write_bytes(b"")
+    with pytest.raises(OSError, match="too early"):
+        found[...]
+
+
+PEAK = """
+import sys, torch, transformers
+from transformers import LlamaForCausalLM
+from tunelet.models import adapters, device, load
+from tunelet.recipe import AdapterSection
+
+def kilobytes(key):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
+
+choice = device.Choice("cpu", sys.argv[2], 1)
+device.apply(choice)
+load.load_model(sys.argv[4], choice, quantization=sys.argv[3])  # what is imported and built once
+before = kilobytes("VmRSS")
+model = load.load_model(sys.argv[1], choice, quantization=sys.argv[3])
+adapters.add(model, AdapterSection(kind="lora", rank=2))
+print((kilobytes("VmHWM") - before) / 1e3)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_loading_holds_one_copy(tiny_model_folder, tmp_path):
+    """29M parameters stored in bf16. transformers alone takes 176 MB in float32: the mapped file beside its copy."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    big = LlamaConfig(
+        hidden_size=512, intermediate_size=2048, num_hidden_layers=6, vocab_size=4000, num_attention_heads=8
+    )
+    model = LlamaForCausalLM(big).bfloat16()
+    model.save_pretrained(tmp_path)
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    assert 25 < millions < 35
+    for dtype, quantization, most in (("float32", "none", 4), ("bfloat16", "none", 2), ("bfloat16", "int8", 1.4)):
+        command = [sys.executable, "-c", PEAK, str(tmp_path), dtype, quantization, str(tiny_model_folder)]
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": SRC}
+        )
+        assert done.returncode == 0, done.stderr
+        assert float(done.stdout.split()[-1]) < most * millions + 15, (dtype, quantization, done.stdout)
