@@ -31,6 +31,7 @@ CASES = {  # 41 rows: the last step of an epoch has one, fewer than there are pr
     "lora": {},
     "thin lora": {},
     "few": {"batch_size": 1},
+    "best": {"early_stopping": 3, "eval_steps": 1, "learning_rate": 0.2, "schedule": "constant", "warmup": 6},
     "bfloat16": {},
     "narrow": {"optimizer_state": "bfloat16"},
 }

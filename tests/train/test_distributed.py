@@ -59,8 +59,8 @@ def figures(folder) -> dict:
     return json.loads((folder / "figures.json").read_text())
 
 
-ALIKE = ["full", "1x8", "2x4", "cut", "lora", "thin lora", "few", "1 onward with 2: full", "2 onward with 1: full"]
-ALIKE += ["1 onward with 2: lora", "2 onward with 1: lora"]
+ALIKE = ["full", "1x8", "2x4", "cut", "lora", "thin lora", "few", "best"]
+ALIKE += [f"{a} onward with {b}: {case}" for case in ("full", "lora") for a, b in ((1, 2), (2, 1))]
 
 
 @pytest.mark.parametrize("way,case", [(w, c) for w in ("ddp", "fsdp") for c in (ALIKE[:-2] if w == "ddp" else ALIKE)])
