@@ -66,7 +66,10 @@ class _Bucket:
         )  # a part of parameters that other processes hold the rest of
         self.master = None
         if self.low and state == "float32":
-            self.master = torch.cat([p.detach().reshape(-1) for p in parameters]).float()
+            # filled in place: a narrow copy that comes and goes would leave holes between what stays
+            self.master = torch.empty(self.n, device=device)
+            for p, part in zip(parameters, self.master.split(self.sizes), strict=True):
+                part.copy_(p.detach().reshape(-1))
         self.exp_avg = _Moments(self.n, state, device, positive=False)
         self.exp_avg_sq = _Moments(self.n, state, device, positive=True)
         self.accumulated: torch.Tensor | None = None
@@ -160,7 +163,6 @@ class AdamW:
             return
         bucket, i = self._place[p]
         narrow = self.state_dtype != "float32"
-        self._make_sum(bucket)
         start = sum(bucket.sizes[:i])
         for a in range(0, p.numel(), CHUNK_ELEMENTS):
             grad = p.grad.reshape(-1)[a : a + CHUNK_ELEMENTS]
@@ -171,19 +173,12 @@ class AdamW:
                 total.add_(grad)
         p.grad = None
 
-    def _make_sum(self, bucket: _Bucket) -> None:
-        if bucket.accumulated is None:
-            # fp32, because micro-batches must not be added up in bf16; where memory is what counts, bf16 unbiased
-            dtype = torch.float32 if self.state_dtype == "float32" else torch.bfloat16
-            bucket.accumulated = torch.zeros(bucket.n, dtype=dtype, device=bucket.parameters[0].device)
-
     @torch.no_grad()
     def add_up(self, sum_over_processes: Callable[[torch.Tensor], None]) -> None:
         """The accumulated gradients become those of all processes; one that accumulated nothing counts as zero."""
         for i, bucket in enumerate(self.buckets):
             if bucket.shard:
                 continue  # added up when it was made
-            self._make_sum(bucket)
             generator = self._generator(i)
             for a, b in bucket.chunks():
                 part = bucket.accumulated[a:b]
@@ -193,9 +188,14 @@ class AdamW:
                     part.copy_(rounding.to_bfloat16(whole, generator))
 
     def accumulate(self, number: int) -> None:
-        """Say before the backward of each micro-batch but one that is the whole step which it is, from 0 on: its
+        """Say before the forward of each micro-batch but one that is the whole step which it is, from 0 on: its
         gradients are added to those before."""
         self.accumulating = True
+        for bucket in self.buckets:
+            if bucket.accumulated is None:
+                # fp32, because micro-batches must not be added up in bf16; where memory is what counts, bf16 unbiased
+                dtype = torch.float32 if self.state_dtype == "float32" else torch.bfloat16
+                bucket.accumulated = torch.zeros(bucket.n, dtype=dtype, device=bucket.parameters[0].device)
         if self.state_dtype != "float32":
             self._sum_noise = torch.Generator().manual_seed((self.seed * 1_000_003 + self.steps) * 4099 - 1 - number)
 
