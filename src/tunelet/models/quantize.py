@@ -38,6 +38,7 @@ def group_size(in_features: int, bits: int) -> int:
     return group if group >= 8 else in_features
 
 
+@torch.no_grad()
 def quantize(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """weight [out, in] -> codes, scales, lows: weight ~ code * scale + low, group by group.
 
