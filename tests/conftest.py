@@ -6,12 +6,14 @@ Not for helpers of one test file: those stay in that file.
 from __future__ import annotations
 
 import os
+import tempfile
 
 # Set before torch is imported anywhere: the tests are many and small; one thread each is fastest and most repeatable.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="tunelet-tests-")  # calibrations of plans
 
 import socket
 from pathlib import Path

@@ -31,7 +31,7 @@ MAY: dict[str, set[str]] = {
     "methods": BOTTOM | {"data", "models"},
     "infer": BOTTOM | {"data", "models", "runs"},
     "evals": BOTTOM | {"data", "models", "methods", "infer", "runs"},
-    "train": BOTTOM | {"data", "models", "methods", "infer", "evals", "runs"},
+    "train": BOTTOM | {"data", "models", "methods", "infer", "evals", "runs", "machine"},
     "machine": BOTTOM | {"models", "runs"},
     "align": BOTTOM | {"data", "models", "methods", "infer", "evals", "train", "runs"},
     "commands": BOTTOM | {"data", "models", "methods", "infer", "evals", "train", "runs", "align", "machine"},

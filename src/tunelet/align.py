@@ -82,6 +82,7 @@ def _stages(run: Run, recipe: Recipe, prepared: Prepared, console: Console) -> N
     from tunelet.models import device, load
 
     choice = training.choose(recipe, run, console)
+    recipe = training.settle(recipe, run, prepared, choice, console)
     model = None
     if recipe.model.path and run.read_json("eval/before.json") is None:
         with energy.metered(run, "before", choice.device):

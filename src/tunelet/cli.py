@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from tunelet import __version__
-from tunelet.commands import ask, common, data, machine, recipe, results, train
+from tunelet.commands import ask, common, data, machine, plan, recipe, results, train
 from tunelet.errors import TuneletError, did_you_mean
 
 app = typer.Typer(
@@ -47,6 +47,7 @@ def _main(
 app.command("demo", short_help="Align the shipped model; show before and after.")(train.demo)
 app.command("align", short_help="From a recipe to a report: before and after.")(train.align)
 app.command("train", short_help="Train a model: pretrain or sft.")(train.train)
+app.command("plan", short_help="How long will it take, and will it fit?")(plan.plan)
 app.add_typer(data.app, name="data")
 app.command("eval", short_help="Score a model or a run, with intervals.")(results.evaluate)
 app.command("chat", short_help="Talk with a model.")(ask.chat)

@@ -229,9 +229,75 @@ def returning_memory() -> Iterator[None]:
         mallopt(MMAP_MAX, 0)
 
 
+def release_freed() -> None:
+    """glibc: give back to the system what was freed since, also under `keep_freed_memory`. For between two pieces of
+    work: the next begins with what it needs only."""
+    if not sys.platform.startswith("linux"):
+        return
+    import ctypes
+
+    with contextlib.suppress(OSError, AttributeError):  # musl and others
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def held_mb(device: str = "cpu") -> float:
+    """What this process holds now, in MB (10^6 bytes): of the GPU where there is one."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.memory_allocated() / 1e6
+    import psutil
+
+    return psutil.Process().memory_info().rss / 1e6
+
+
+@cache
+def gemm_gflops(device: str, dtype: str, threads: int) -> float:
+    """10^9 operations a second of a product of two 768 x 768 matrices, the best of a few: 40 ms on one core."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        x, y = (torch.randn(768, 768).to(device, getattr(torch, dtype)) for _ in range(2))
+        x @ y
+        best = float("inf")
+        for _ in range(9):
+            start, cpu = time.perf_counter(), time.process_time()
+            float((x @ y)[0, 0])
+            took = time.process_time() - cpu if (device, threads) == ("cpu", 1) else time.perf_counter() - start
+            best = min(best, took)
+    finally:
+        torch.set_num_threads(before)
+    return 2 * 768**3 / best / 1e9
+
+
+def start_peak(device: str = "cpu") -> None:
+    """From here on `peak_since_mb` counts. `peak_mb` still tells of the whole process."""
+    global _earlier_mb
+    release_freed()
+    _earlier_mb = max(_earlier_mb, peak_mb(device) or 0.0)
+    if device == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+    elif sys.platform.startswith("linux"):
+        with contextlib.suppress(OSError):  # a container may forbid it: then the peak is the process's
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+_earlier_mb = 0.0
+
+
 def peak_mb(device: str = "cpu") -> float | None:
     """Most memory this process has held, in MB (10^6 bytes): of the GPU where there is one. None where the system does
     not tell."""
+    peak = peak_since_mb(device)
+    return None if peak is None else max(peak, _earlier_mb)
+
+
+def peak_since_mb(device: str = "cpu") -> float | None:
+    """The same since `start_peak`, where the system can begin anew (Linux, CUDA)."""
     if device == "cuda":
         import torch
 

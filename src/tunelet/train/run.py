@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from tunelet.errors import TuneletError
 from tunelet.recipe import Recipe
-from tunelet.runs import lock, report
-from tunelet.runs.record import Run, check_folder, is_run, must_be_free
+from tunelet.recipe_text import resolved
+from tunelet.runs import history, lock, report
+from tunelet.runs.record import RESOLVED, Run, check_folder, is_run, must_be_free
 from tunelet.train import defaults, energy, follow
 from tunelet.train.progress import Interrupted
 
@@ -40,6 +41,7 @@ def run_training(recipe: Recipe, out: Path, *, origins: Mapping[str, str] | None
     follow.tell_recipe(recipe)
     with opened(recipe, out, origins, contextlib.nullcontext()) as (run, prepared):
         choice = choose(recipe, run, console)
+        recipe = settle(recipe, run, prepared, choice, console)
         trained = train_and_save(recipe, run, prepared, None, choice, console)
         run.done(**figures(trained))
         report.write(run)
@@ -150,6 +152,37 @@ def choose(recipe: Recipe, run: Run, console: Any) -> Choice:
     return choice
 
 
+def looked_at(recipe: Recipe) -> tuple[Prepared, Choice]:
+    """Data and device of a training that is only planned: nothing is written."""
+    from tunelet.models import device
+    from tunelet.train.prepare import prepare
+
+    with tempfile.TemporaryDirectory(prefix="tunelet-") as scratch:
+        prepared = prepare(recipe, Path(scratch))
+    choice = device.choose(recipe.model.device, recipe.model.dtype, recipe.model.threads)
+    device.apply(choice)
+    return prepared, choice
+
+
+def settle(recipe: Recipe, run: Run, prepared: Prepared, choice: Choice, console: Any) -> Recipe:
+    """The recipe with nothing left open, and plan.json's prediction. A run that goes on keeps what it began with, even
+    if other programs have taken the memory since. Raises TuneletError where the machine is too small."""
+    from tunelet.train import fit
+
+    began = run.recipe()
+    if run.read_json("plan.json", {}).get("predicted") is not None:
+        return fit.settled_as(recipe, began)
+    console.print("Predicting ...", markup=False, highlight=False)
+    made = fit.make(recipe, choice, prepared.tokenizer, prepared.train_rows, prepared.eval_rows, run.folder)
+    if made.impossible:
+        raise fit.too_large(made)
+    run.write_text(RESOLVED, resolved(made.recipe, {**run.origins(), **made.origins}))
+    run.plan(made.prediction.figures())
+    for line in fit.lines(made):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    return made.recipe
+
+
 def load_for_training(recipe: Recipe, prepared: Prepared, choice: Choice) -> Any:
     """The model of the recipe, ready to train: random weights, a checkpoint, a checkpoint with a new adapter, or an
     adapter to train on."""
@@ -192,7 +225,7 @@ def train_and_save(recipe: Recipe, run: Run, prepared: Prepared, model: Any, cho
 
     model: from `load_for_training`; None: it is loaded.
     """
-    from tunelet.models import save
+    from tunelet.models import device, save
     from tunelet.train import loop
 
     follow.tell_settled(recipe, choice, prepared, run.folder / TOKENIZER)
@@ -200,6 +233,7 @@ def train_and_save(recipe: Recipe, run: Run, prepared: Prepared, model: Any, cho
         with energy.metered(run, "loading", choice.device):
             model = load_for_training(recipe, prepared, choice)
     dtype = save.dtype_of(model, recipe.model.path, choice.dtype)
+    device.start_peak(choice.device)
     with energy.metered(run, "training", choice.device):
         trained = loop.train(
             recipe,
@@ -211,12 +245,14 @@ def train_and_save(recipe: Recipe, run: Run, prepared: Prepared, model: Any, cho
             choice=choice,
             console=console,
         )
+        peak = device.peak_since_mb(choice.device) if choice.processes == 1 else trained.peak_mb
         with run.folder_in_the_making("adapter" if hasattr(model, "peft_config") else "model") as folder:
             stops = prepared.renderer.stop_ids if recipe.method != "pretrain" else ()
             save.save(model, prepared.tokenizer, folder, dtype, stop_ids=stops)
     energy.fill_in(run, "training", trained.seconds)
     spent = run.read_json("energy.json")["parts"]["training"]["energy_wh"]
-    run.actual({"seconds": trained.seconds, "peak_mb": trained.peak_mb, "disk_mb": run.disk_mb(), "energy_wh": spent})
+    run.actual({"seconds": trained.seconds, "peak_mb": peak, "disk_mb": run.disk_mb(), "energy_wh": spent})
+    history.note(run)
     return trained
 
 
