@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from benchmarks import ladder, plot, process, report, rows, settings, shapes, train
+from benchmarks import ladder, plan_grid, plot, process, report, rows, settings, shapes, train
 from tunelet.errors import TuneletError
 
 
@@ -54,6 +54,14 @@ def parser() -> argparse.ArgumentParser:
     ladder_.add_argument("--warm", type=_positive, default=1, help="steps before the clock starts")
     _common(ladder_)
     ladder_.set_defaults(run=ladder.run)
+
+    grid = verbs.add_parser("plan", help="predicted and actual time and memory over a grid of configurations")
+    grid.add_argument("--shape", nargs="+", choices=list(plan_grid.BATCH), default=["135M", "360M", "1.7B"])
+    grid.add_argument("--mode", nargs="+", choices=list(plan_grid.MODES), default=list(plan_grid.MODES))
+    grid.add_argument("--rows", nargs="+", choices=sorted(rows.KINDS), default=["long", "short"])
+    grid.add_argument("--steps", type=_positive, default=3, help="optimizer steps of each; the first does not count")
+    _common(grid)
+    grid.set_defaults(run=plan_grid.run)
 
     for name, module, told in (
         ("report", report, "the tables of docs/benchmarks.md, from the results beside it"),

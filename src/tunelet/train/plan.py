@@ -19,8 +19,8 @@ from tunelet.train.cost import Batches, Cost
 
 MOST_ROWS = 200_000  # rows looked at one by one; of a longer training evenly spread steps stand for all
 # glibc's heap has holes: of tensors that come and go it holds more than is ever used at once (docs/notebook.md)
-# and oneDNN keeps the code of the products that it has seen: in MB, and as a share of what is used.
-HEAP_MB, HEAP_SHARE, HEAP_MOST_MB = 150, 0.25, 600
+# and oneDNN keeps the code of the products that it has seen. Share of what is used, and MB at most.
+HEAP_SHARE, HEAP_MOST_MB = 0.35, 500
 OTHER_FILES_MB = 0.5  # log, report, masks and the like
 
 
@@ -158,7 +158,7 @@ def _memory(cost: Cost, todo: Work, base_mb: float, choice: Choice) -> dict[str,
     }
     if choice.device == "cpu":
         used = sum(parts.values()) - base_mb
-        parts["holes between them"] = min(HEAP_MOST_MB, HEAP_MB + HEAP_SHARE * used)
+        parts["holes between them"] = min(HEAP_MOST_MB, HEAP_SHARE * used)
     return {name: size * choice.processes for name, size in parts.items()}
 
 
