@@ -64,7 +64,7 @@ def step(trains: list[dict[str, Any]], path: Path) -> None:
     for axis in axes:
         axis.margins(x=0.2)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(loc="lower right", fontsize=8, frameon=False)
+    axes[1].legend(*axes[0].get_legend_handles_labels(), loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
     figure.suptitle(
         f"One step of the {trains[0]['work']['shape']} shape, {trains[0]['threads']} thread(s)", fontsize=11
     )
