@@ -173,9 +173,17 @@ class AdamW:
                 total.add_(grad)
         p.grad = None
 
+    def _make_sums(self) -> None:
+        for bucket in self.buckets:
+            if bucket.accumulated is None:
+                # fp32, because micro-batches must not be added up in bf16; where memory is what counts, bf16 unbiased
+                dtype = torch.float32 if self.state_dtype == "float32" else torch.bfloat16
+                bucket.accumulated = torch.zeros(bucket.n, dtype=dtype, device=bucket.parameters[0].device)
+
     @torch.no_grad()
     def add_up(self, sum_over_processes: Callable[[torch.Tensor], None]) -> None:
         """The accumulated gradients become those of all processes; one that accumulated nothing counts as zero."""
+        self._make_sums()
         for i, bucket in enumerate(self.buckets):
             if bucket.shard:
                 continue  # added up when it was made
@@ -191,11 +199,7 @@ class AdamW:
         """Say before the forward of each micro-batch but one that is the whole step which it is, from 0 on: its
         gradients are added to those before."""
         self.accumulating = True
-        for bucket in self.buckets:
-            if bucket.accumulated is None:
-                # fp32, because micro-batches must not be added up in bf16; where memory is what counts, bf16 unbiased
-                dtype = torch.float32 if self.state_dtype == "float32" else torch.bfloat16
-                bucket.accumulated = torch.zeros(bucket.n, dtype=dtype, device=bucket.parameters[0].device)
+        self._make_sums()
         if self.state_dtype != "float32":
             self._sum_noise = torch.Generator().manual_seed((self.seed * 1_000_003 + self.steps) * 4099 - 1 - number)
 
