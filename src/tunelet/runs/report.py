@@ -263,7 +263,7 @@ def _spent(run: Run) -> dict[str, Any]:
         cells = [text(side[key]) if side.get(key) is not None else "-" for side in (predicted, actual)]
         off = ""
         if predicted.get(key) and actual.get(key) is not None:
-            off = f"{actual[key] / predicted[key] - 1:+.0%}".replace("%", " %")
+            off = f"{predicted[key] / actual[key] - 1:+.0%}".replace("%", " %") if actual[key] else ""
         table.append({"title": title, "predicted": cells[0], "actual": cells[1], "off": off})
     parts = [
         {"name": name, "time": duration(part["seconds"]), "energy": f"{part['energy_wh']:.3g} Wh", "kind": part["kind"]}

@@ -116,7 +116,8 @@ def _probes(whole: Batches, share: float, affordable: float) -> list[Probe]:
         cut = tuple(int(n) for n in np.minimum(some, max(2, size)))
         return Probe(cut, max(1, round(share * sum(cut))))
 
-    made = [probe(middle, size // 4), probe(middle, size), *(probe(at, size) for at in others)]
+    some = min(size, int(whole.tokens[middle])) // 4
+    made = [probe(middle, some), probe(middle, size), *(probe(at, size) for at in others)]
     return made if made[0].tokens < made[1].tokens else made[1:]
 
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,8 @@ from tunelet.train.plan import Prediction, Work
 from tunelet.train.progress import duration
 
 MARGIN = 0.95  # of what is free: the prediction may err, and other programs may grow
-SIZES = (512, 1024, 2048, 4096)  # tokens of a micro-batch, tried for speed
-SLOWER = 0.03  # so much slower than the fastest size is still taken, if smaller
-LEAST_TOKENS = 256  # micro-batches are cut no smaller than this to save memory
+SIZES = (512, 1024, 2048, 4096)  # tokens of a micro-batch to choose from, beside whole batches
+SLOWER = 0.03  # so much slower than the fastest size is still as good
 MILDEST_FIRST = (("off", "float32"), ("on", "float32"), ("on", "bfloat16"), ("on", "float8"))
 STATE_COUNTS = 0.05  # a smaller optimizer state is tried where the state is this share of the memory, at least
 SETTLED = ("train.tokens_per_batch", "train.gradient_checkpointing", "train.optimizer_state")
@@ -92,7 +91,7 @@ def make(
     started = time.perf_counter()
     config = calibrate.config_of(recipe, tokenizer)
     whole = plan.work(_with(recipe, tokens_per_batch=0), train_rows, eval_rows)
-    room = _room(choice.device, out)
+    room, base = _room(choice.device, out), device.held_mb(choice.device)
     stored = _stored(recipe, choice)
     speed = disk_mb_per_second(out)
     best: Plan | None = None
@@ -103,14 +102,16 @@ def make(
             cost = calibrate.cost_of(mode, choice, config, whole.train, whole.steps)
             if state != "float32" and asked.train.optimizer_state == "auto" and not _state_counts(best):
                 return
-            for tokens, why in _sizes(asked, cost, whole):
+            rates, plans = _sizes(asked, cost, whole), {}
+            for tokens in rates:
                 made = _with(mode, tokens_per_batch=tokens)
                 todo = plan.work(made, train_rows, eval_rows)
-                base = device.held_mb(choice.device)
                 told = plan.predict(
                     made, cost, todo, choice, base_mb=base, disk_mb_per_second=speed, stored_bytes=stored
                 )
-                yield Plan(made, _origins(asked, made, why), told, cost, todo, room)
+                plans[tokens] = Plan(made, {}, told, cost, todo, room)
+            for tokens, why in _mildest_first(plans, rates):
+                yield replace(plans[tokens], origins=_origins(asked, plans[tokens].recipe, why))
 
     for found in tried(recipe):
         if best is None or found.prediction.peak_mb < best.prediction.peak_mb:
@@ -119,9 +120,7 @@ def make(
             break
     assert best is not None
     advice = "" if best.fits else _advice(recipe, best, tried)
-    return Plan(
-        **{**vars(best), "advice": advice, "measured_seconds": time.perf_counter() - started, "notes": _notes(best)}
-    )
+    return replace(best, advice=advice, measured_seconds=time.perf_counter() - started, notes=_notes(best))
 
 
 def _with(recipe: Recipe, **values: Any) -> Recipe:
@@ -146,29 +145,31 @@ def _state_counts(best: Plan | None) -> bool:
     return best is None or best.cost.bytes_state / 1e6 >= STATE_COUNTS * best.prediction.peak_mb
 
 
-def _sizes(recipe: Recipe, cost: Cost, whole: Work) -> Iterator[tuple[int, str]]:
-    """(tokens_per_batch, why), the fastest first, then ever smaller."""
+def _sizes(recipe: Recipe, cost: Cost, whole: Work) -> dict[int, float]:
+    """tokens_per_batch to choose from -> tokens a second; the largest leaves the batches whole."""
     if recipe.train.tokens_per_batch:
-        yield recipe.train.tokens_per_batch, ""
-        return
+        return {recipe.train.tokens_per_batch: 1.0}
     tokens = whole.train.tokens
-    largest, mean, share = int(tokens.max()), float(tokens.mean()), float(whole.train.targets.sum() / tokens.sum())
+    mean, share = float(tokens.mean()), float(whole.train.targets.sum() / tokens.sum())
     per_token = float((whole.train.cost(cost.seconds_layers) - cost.seconds_layers.const).sum() / tokens.sum())
-    const = cost.seconds_layers.const + cost.seconds_rest[0]
     per_token += cost.seconds_rest[1] * share
+    const = cost.seconds_layers.const + cost.seconds_rest[0]
 
-    def rate(size: float, cut: bool) -> float:
-        return size / (const + (cost.seconds_sum if cut else 0.0) + per_token * size)
+    def rate(size: float, several: bool) -> float:
+        return size / (const + (cost.seconds_sum if several else 0.0) + per_token * size)
 
-    rates = {size: rate(size, True) for size in SIZES if size < mean} | {largest: rate(mean, whole.several)}
-    fastest = max(rates.values())
-    size = min(size for size, each in rates.items() if each >= (1 - SLOWER) * fastest)
-    many = "the fastest" if rates[size] == fastest else f"within {1 - rates[size] / fastest:.0%} of the fastest"
-    yield size, "whole batches" if size == largest else f"{many}, in least memory"
-    longest = int(whole.train.lengths.max())
-    while size // 2 >= LEAST_TOKENS and size > longest:
-        size //= 2
-        yield size, "smaller, to fit in memory"
+    return {size: rate(size, True) for size in SIZES if size < mean} | {int(tokens.max()): rate(mean, whole.several)}
+
+
+def _mildest_first(plans: Mapping[int, Plan], rates: Mapping[int, float]) -> list[tuple[int, str]]:
+    """(tokens_per_batch, why): of the fast ones the one that takes least memory, then the others, the fastest first."""
+    best = max(rates.values())
+    quick = [size for size, rate in rates.items() if rate >= (1 - SLOWER) * best]
+    first = min(quick, key=lambda size: (plans[size].prediction.peak_mb, size))
+    why = f"of those within {SLOWER:.0%} of the fastest, least memory" if len(rates) > 1 else ""
+    whole = "whole batches" + (f": {why}" if why else "")
+    others = sorted(rates.keys() - {first}, key=lambda size: -rates[size])
+    return [(first, whole if first == max(rates) else why), *((size, "slower, to fit in memory") for size in others)]
 
 
 def _origins(asked: Recipe, made: Recipe, why_tokens: str) -> dict[str, str]:

@@ -17,7 +17,7 @@ from tunelet.recipe import Recipe, TrainSection
 from tunelet.train import energy, loop, step
 from tunelet.train.cost import Batches, Cost
 
-MOST_ROWS = 200_000  # rows looked at one by one; of a longer training evenly spread steps stand for all
+MOST_ROWS = 50_000  # rows looked at one by one; of a longer training evenly spread steps stand for all
 # glibc's heap has holes: of tensors that come and go it holds more than is ever used at once (docs/notebook.md)
 # and oneDNN keeps the code of the products that it has seen. Share of what is used, and MB at most.
 HEAP_SHARE, HEAP_MOST_MB = 0.35, 500
