@@ -364,10 +364,17 @@ def test_a_run_beside_the_peer(method, peers, tmp_path, scratch):
     assert "(median of 1 pairs)" in told
 
 
+def hear_ctrl_c():
+    """Tests that were started in the background have it switched off, and hand that down."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 def test_ctrl_c_leaves_nothing_running(scratch):
-    run = command(*TINY, "--pairs", 50, "--steps", 500, "--scratch", scratch, start_new_session=True)
+    run = command(
+        *TINY, "--pairs", 50, "--steps", 500, "--scratch", scratch, start_new_session=True, preexec_fn=hear_ctrl_c
+    )
     for line in run.stderr:
         if "tunelet: step" in line:
             break

@@ -185,7 +185,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, monkeypatch, dtype, 
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, monkeypatch):
-    made = recipe()
+    made, before = recipe(), signal.getsignal(signal.SIGINT)
     _, whole, _ = train(tmp_path / "whole", made)
     real, calls = methods.losses()["sft"], iter(range(1000))
 
@@ -200,7 +200,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, monkeypatch):
     assert caught.value.exit_code == 130
     assert caught.value.fix.endswith(f"tunelet train --resume {tmp_path / 'stopped'}")
     assert checkpoint.steps(Run(tmp_path / "stopped")) == [5]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
     monkeypatch.setattr(step, "losses", lambda: {"sft": real})
     _, resumed, _ = train(tmp_path / "stopped", made)
     assert same(weights(whole), weights(resumed))

@@ -25,7 +25,10 @@ def config_of(folder: Path, trust_remote_code: bool = False) -> Any:
 
     if (folder / "adapter_config.json").is_file():
         folder = load.resolve(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)
-    return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except (ValueError, KeyError, OSError, ImportError) as error:
+        raise load.cannot_load(folder, error) from error
 
 
 def period(config: Any) -> int:
@@ -62,20 +65,24 @@ def cut(config: Any, layers: int) -> Any:
 
 
 def build(config: Any, layers: int, device: str, dtype: str, trust_remote_code: bool = False) -> Any:
-    """The cut architecture on `device`, with weights that repeat a few random numbers (finite, and small)."""
+    """The cut architecture on `device`, with weights that repeat a few random numbers (finite, and small). Raises
+    TuneletError where the config is not one of a causal language model."""
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
     wanted = getattr(torch, dtype)
-    with no_init_weights():
-        model = load._with_attention(
-            lambda implementation: AutoModelForCausalLM.from_config(
-                cut(config, layers),
-                attn_implementation=implementation,
-                dtype=wanted,
-                trust_remote_code=trust_remote_code,
+    try:
+        with no_init_weights():
+            model = load.with_attention(
+                lambda implementation: AutoModelForCausalLM.from_config(
+                    cut(config, layers),
+                    attn_implementation=implementation,
+                    dtype=wanted,
+                    trust_remote_code=trust_remote_code,
+                )
             )
-        )
+    except (ValueError, KeyError, ImportError) as error:
+        raise load.cannot_load(Path(config.name_or_path), error) from error
     model.tie_weights()
     generator = torch.Generator().manual_seed(0)
     tile = torch.randn(TILE, generator=generator).mul_(0.02).to(wanted)

@@ -163,7 +163,7 @@ def _load_base(folder: Path, choice: Choice, trust_remote_code: bool, dtype: str
             wanted["generation_config"] = GenerationConfig.from_pretrained(folder, local_files_only=True)
         dtype = dtype or choice.dtype
         with _one_at_a_time(), device.returning_memory():
-            model, info = _with_attention(
+            model, info = with_attention(
                 lambda implementation: type(shape).from_pretrained(
                     None,  # transformers would map the files, and keep them beside what it converts
                     state_dict=weights.tensors(folder, dtype, mapped=quantization == "none"),
@@ -177,7 +177,7 @@ def _load_base(folder: Path, choice: Choice, trust_remote_code: bool, dtype: str
             )
         model.name_or_path = model.config.name_or_path = str(folder)
     except (ValueError, KeyError, OSError, RuntimeError, ImportError, TypeError) as error:
-        raise _cannot_load(folder, error) from error
+        raise cannot_load(folder, error) from error
     finally:
         logging.set_verbosity(level)
         if bars:
@@ -211,7 +211,7 @@ def _one_at_a_time() -> Iterator[None]:
             os.environ[name] = before
 
 
-def _with_attention(make: Callable[[str | None], Any]) -> Any:
+def with_attention(make: Callable[[str | None], Any]) -> Any:
     """make(attention implementation): ours, or the model's own where its code does not ask transformers for one."""
     from tunelet.models import attention
 
@@ -230,7 +230,7 @@ def _reason(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _cannot_load(folder: Path, error: Exception) -> TuneletError:
+def cannot_load(folder: Path, error: Exception) -> TuneletError:
     text = str(error).strip()
     first = _reason(error)
     if "trust_remote_code" in text:
@@ -322,7 +322,7 @@ def new_model(
         config = CONFIG_MAPPING[kind](**{**values, **ids, "vocab_size": vocab_size})
         torch.manual_seed(seed)
         with torch.device("meta" if choice is None else "cpu"):
-            model = _with_attention(
+            model = with_attention(
                 lambda implementation: AutoModelForCausalLM.from_config(
                     config, attn_implementation=implementation, dtype=torch.float32
                 )
