@@ -1,8 +1,8 @@
 """Which device, dtype and number of threads to compute with, and why. Not for loading models; imports torch only when
 it must look at a GPU.
 
-bfloat16 is chosen on a CPU only where the CPU multiplies it in hardware: elsewhere it is emulated, and slower than
-float32.
+bfloat16 is chosen on a CPU only where the CPU multiplies it in hardware (elsewhere it is emulated, and slower than
+float32) and is measured to be faster, which takes a tenth of a second.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 from tunelet.errors import TuneletError
 
 MMAP_MAX = -4  # of mallopt: how many allocations may have pages of their own
+FASTER = 1.2  # bfloat16 has to be this many times as fast as float32: it is less exact
 BF16_FLAGS = ("amx_bf16", "avx512_bf16", "bf16")  # x86 twice, then arm's name in /proc/cpuinfo
 
 
@@ -44,8 +45,8 @@ def choose(device: str = "auto", dtype: str = "auto", threads: int = 0) -> Choic
     """Resolve "auto" and 0 for this machine. Raises TuneletError where the device asked for is not there."""
     reasons: dict[str, str] = {}
     device, reasons["device"] = _device(device)
-    dtype, reasons["dtype"] = _dtype(dtype, device)
     threads, reasons["threads"] = _threads(threads)
+    dtype, reasons["dtype"] = _dtype(dtype, device, threads)
     precision = "highest"
     if device == "cpu" and dtype == "float32":
         precision, reasons["matmul_precision"] = _matmul_precision(threads)
@@ -97,7 +98,7 @@ def _gpu_possible() -> bool:
     )
 
 
-def _dtype(asked: str, device: str) -> tuple[str, str]:
+def _dtype(asked: str, device: str, threads: int) -> tuple[str, str]:
     if asked != "auto":
         return asked, "asked for"
     if device == "cuda":
@@ -110,7 +111,13 @@ def _dtype(asked: str, device: str) -> tuple[str, str]:
         return "float32", "float32 is the safe choice on this GPU; set model.dtype to bfloat16 to halve the memory"
     flag = cpu_bf16_flag()
     if flag:
-        return "bfloat16", f"this CPU multiplies bfloat16 in hardware ({flag})"
+        times = gemm_gflops("cpu", "bfloat16", threads) / gemm_gflops("cpu", "float32", threads)
+        if times >= FASTER:
+            return (
+                "bfloat16",
+                f"this CPU multiplies bfloat16 in hardware ({flag}), {times:.1f} times as fast",
+            )
+        return "float32", f"bfloat16 is only {times:.1f} times as fast here, though the CPU has it in hardware ({flag})"
     return "float32", "this CPU has no bfloat16 instructions (" + ", ".join(
         BF16_FLAGS[:2]
     ) + " or Arm bf16), and emulation is slower than float32"
@@ -145,9 +152,27 @@ def _threads(asked: int) -> tuple[int, str]:
     if said.isdigit() and not (processes > 1 and said == "1"):
         return int(said), "OMP_NUM_THREADS says so"
     physical = max(1, usable // _threads_per_core())
+    quota = _cpu_quota()
+    if quota is not None and quota < physical:
+        physical = max(1, int(quota))
+        return max(1, physical // processes), f"this container may use {quota:g} cores' worth of time"
     if processes > 1:
         return max(1, physical // processes), f"{physical} physical cores shared by {processes} processes"
     return physical, f"{physical} physical cores may be used by this process"
+
+
+def _cpu_quota() -> float | None:
+    """Cores' worth of time that a container may use; None where there is no limit. More threads than that would wait
+    for each other while all of them are stopped."""
+    root = Path("/sys/fs/cgroup")
+    try:
+        if (root / "cpu.max").exists():
+            quota, period = (root / "cpu.max").read_text().split()
+        else:
+            quota, period = ((root / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        return float(quota) / float(period) if float(quota) > 0 else None
+    except (OSError, ValueError):  # no such file, or "max"
+        return None
 
 
 def _threads_per_core() -> int:

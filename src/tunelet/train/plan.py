@@ -20,7 +20,7 @@ from tunelet.train.cost import Batches, Cost
 MOST_ROWS = 50_000  # rows looked at one by one; of a longer training evenly spread steps stand for all
 # glibc's heap has holes: of tensors that come and go it holds more than is ever used at once (docs/notebook.md)
 # and oneDNN keeps the code of the products that it has seen. Share of what is used, and MB at most.
-HEAP_SHARE, HEAP_MOST_MB = 0.35, 500
+HEAP_SHARE, HEAP_MOST_MB = 0.45, 320
 OTHER_FILES_MB = 0.5  # log, report, masks and the like
 
 
