@@ -15,12 +15,13 @@ from tunelet.data.examples import Tokens
 from tunelet.models.device import Choice
 from tunelet.recipe import Recipe, TrainSection
 from tunelet.train import energy, loop, step
-from tunelet.train.cost import Batches, Cost
+from tunelet.train.cost import Batches, Cost, filled
 
 MOST_ROWS = 50_000  # rows looked at one by one; of a longer training evenly spread steps stand for all
 # glibc's heap has holes: of tensors that come and go it holds more than is ever used at once (docs/notebook.md)
-# and oneDNN keeps the code of the products that it has seen. Share of what is used, and MB at most.
-HEAP_SHARE, HEAP_MOST_MB = 0.45, 320
+# and oneDNN keeps the code of the products that it has seen. (MB, share of what is used, MB at most): after batches of
+# a few lengths, and after so many lengths that no more is added.
+HOLES_FEW, HOLES_MANY, MANY = (0, 0.45, 320), (110, 1.2, 640), 25
 OTHER_FILES_MB = 0.5  # log, report, masks and the like
 
 
@@ -158,7 +159,9 @@ def _memory(cost: Cost, todo: Work, base_mb: float, choice: Choice) -> dict[str,
     }
     if choice.device == "cpu":
         used = sum(parts.values()) - base_mb
-        parts["holes between them"] = min(HEAP_MOST_MB, HEAP_SHARE * used)
+        few, many = (min(most, const + share * used) for const, share, most in (HOLES_FEW, HOLES_MANY))
+        lengths = len(np.unique(filled(todo.train.tokens)))
+        parts["holes between them"] = few + (many - few) * min(1.0, lengths / MANY)
     return {name: size * choice.processes for name, size in parts.items()}
 
 
