@@ -222,7 +222,7 @@ def _asked_for(recipe: Recipe, key: str) -> bool:
 def _notes(best: Plan) -> tuple[str, ...]:
     notes = []
     if best.cost.busy > calibrate.BUSY:
-        notes.append("other programs are at work on this machine: the times may be off, and are measured again next time")
+        notes.append("other programs are at work here: the times may be off, and are measured again next time")
     if best.recipe.train.compile:
         notes.append("train.compile is on: the times are without it, and its minute or two at the start come on top")
     return tuple(notes)
