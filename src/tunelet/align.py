@@ -126,7 +126,7 @@ def _finish(run: Run, peak_mb: float | None) -> None:
 
 def is_starter(recipe: Recipe) -> bool:
     """Whether the starter's graded items apply: something of it is trained on or held out, as conversations."""
-    return recipe.method != "pretrain" and "starter" in (*recipe.data.train, *recipe.data.eval)
+    return recipe.method.name != "pretrain" and "starter" in (*recipe.data.train, *recipe.data.eval)
 
 
 def _evaluate(run: Run, name: str, model: Any, recipe: Recipe, prepared: Prepared, console: Console) -> None:
@@ -151,7 +151,7 @@ def _evaluate(run: Run, name: str, model: Any, recipe: Recipe, prepared: Prepare
         asked = held_out.answers(
             engine,
             prepared.eval_examples,
-            prompts=recipe.eval.prompts if recipe.method != "pretrain" else (),
+            prompts=recipe.eval.prompts if recipe.method.name != "pretrain" else (),
             rows=0 if answers else ANSWERED_ROWS,
             progress=progress,
             **options,

@@ -18,6 +18,67 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_assignment=True, strict=True, allow_inf_nan=False)
 
 
+class MethodSection(Section):
+    """What is optimised. 0 in beta or simpo_gamma: the method's known-good default (train/defaults.py)."""
+
+    name: Literal["pretrain", "sft", "dpo", "orpo", "simpo", "kto"] = Field(
+        "sft",
+        description="pretrain: plain text, every token trained; sft: conversations, the answers trained; dpo, orpo, "
+        "simpo: pairs of a better and a worse answer; kto: single answers with a verdict",
+    )
+    loss_type: Literal["sigmoid", "hinge", "ipo", "cdpo", "robust", "sigmoid_norm"] = Field(
+        "sigmoid",
+        description="dpo: sigmoid is the paper's; cdpo and robust allow for wrong labels (label_smoothing); ipo and "
+        "sigmoid_norm go by the token",
+    )
+    beta: float = Field(
+        0.0,
+        ge=0,
+        description="dpo, kto: a larger beta holds the model closer to its start; orpo: weight of the odds ratio; "
+        "simpo: scale of the reward; 0: chosen",
+    )
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="dpo with loss_type cdpo or robust: share of pairs that may be labelled wrongly"
+    )
+    rpo_alpha: float = Field(
+        0.0, ge=0, description="dpo: weight of the chosen answers' own loss, which keeps their probability up"
+    )
+    simpo_gamma: float = Field(
+        0.0, ge=0, description="simpo: margin the reward of the better answer has to win by; 0: chosen"
+    )
+    desirable_weight: float = Field(1.0, ge=0, description="kto: weight of answers with a good verdict")
+    undesirable_weight: float = Field(1.0, ge=0, description="kto: weight of answers with a bad verdict")
+    guard: Literal["stop", "warn", "off"] = Field(
+        "stop",
+        description="dpo, orpo, simpo, kto: what happens when the model is being damaged (chosen answers much less "
+        "probable, drift from the start): stop the training, warn, or do not look",
+    )
+
+
+# Which keys of [method] are read by which methods; the name is read by all.
+METHOD_KEYS: dict[str, tuple[str, ...]] = {
+    "loss_type": ("dpo",),
+    "beta": ("dpo", "orpo", "simpo", "kto"),
+    "label_smoothing": ("dpo",),
+    "rpo_alpha": ("dpo",),
+    "simpo_gamma": ("simpo",),
+    "desirable_weight": ("kto",),
+    "undesirable_weight": ("kto",),
+    "guard": ("dpo", "orpo", "simpo", "kto"),
+}
+# The kind of examples each method takes (data/formats.py), and the methods that measure from where the model started.
+WANTS = {
+    "pretrain": "text",
+    "sft": "chat",
+    "dpo": "preference",
+    "orpo": "preference",
+    "simpo": "preference",
+    "kto": "labelled",
+}
+PREFERENCE = ("dpo", "orpo", "simpo", "kto")
+REFERENCED = ("dpo", "kto")
+
+
 class ModelSection(Section):
     path: str = Field(
         "starter", description="starter, a folder, a hub id or a run; for pretrain: '' starts from random weights"
@@ -138,9 +199,10 @@ class EvalSection(Section):
 
 class Recipe(Section):
     name: str = Field("run", description="what the report calls the run")
-    method: Literal["pretrain", "sft"] = Field(
-        "sft", description="pretrain: plain text, every token trained; sft: conversations, the answers trained"
-    )
+    # `method = "dpo"` is short for `[method] name = "dpo"`
+    method: Annotated[
+        MethodSection, BeforeValidator(lambda value: {"name": value} if isinstance(value, str) else value)
+    ] = Field(default_factory=MethodSection)
     model: ModelSection = Field(default_factory=ModelSection)
     tokenizer: TokenizerSection = Field(default_factory=TokenizerSection)
     data: DataSection = Field(default_factory=DataSection)

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from tunelet.errors import TuneletError
-from tunelet.recipe import Recipe, Section
+from tunelet.recipe import METHOD_KEYS, Recipe, Section
 from tunelet.recipe_names import suggest
 
 SHIPPED = Path(__file__).parent / "recipes"  # an installed wheel has them here ...
@@ -66,6 +66,9 @@ def load(
         text = _read(file, shown)
         tree = _parse(text, shown)
         lines = key_lines(text)
+        if isinstance(tree.get("method"), str):  # the short form
+            tree["method"] = {"name": tree["method"]}
+            lines["method.name"] = lines.pop("method", 1)
         unknown = []
         for key, _ in _leaves(tree):
             wheres[key] = f"{shown}, line {lines[key]}" if key in lines else shown
@@ -74,7 +77,7 @@ def load(
             else:
                 unknown.append((wheres[key], key))
         _refuse_unknown(unknown)
-    pairs = [("--set", key, raw) for key, raw in map(_pair, sets)]
+    pairs = [("--set", "method.name" if key == "method" else key, raw) for key, raw in map(_pair, sets)]
     _refuse_unknown([("--set", key) for _, key, _ in pairs if not _known(key)])
     for flag, key, raw in pairs:
         _put(tree, key, _typed(_field_of(key), raw))
@@ -282,9 +285,11 @@ def _check(recipe: Recipe, wheres: Mapping[str, str], shown: str) -> None:
     """What only shows where two keys are looked at together."""
     model = recipe.model
     at = wheres.get("model.path", wheres.get("model.architecture", shown))
-    if recipe.method != "pretrain" and not model.path:
+    if recipe.method.name != "pretrain" and not model.path:
         raise TuneletError(
-            f"{at}: model.path is empty", why=f"{recipe.method} tunes a model that exists", fix="give one: --model M"
+            f"{at}: model.path is empty",
+            why=f"{recipe.method.name} tunes a model that exists",
+            fix="give one: --model M",
         )
     if model.architecture and model.path:
         raise TuneletError(
@@ -311,3 +316,25 @@ def _check(recipe: Recipe, wheres: Mapping[str, str], shown: str) -> None:
                  and _get(recipe, key) != info.get_default(call_default_factory=True)]  # fmt: skip
         if useless and given:
             raise TuneletError(f"{wheres[given[0]]}: {given[0]} has no effect", why=why, fix=fix)
+    _check_method(recipe, wheres, shown)
+
+
+def _check_method(recipe: Recipe, wheres: Mapping[str, str], shown: str) -> None:
+    """The keys of [method] that go with its name, and with each other."""
+    method, defaults = recipe.method, type(recipe.method)()
+    for key, methods in METHOD_KEYS.items():
+        where = wheres.get(f"method.{key}")
+        if where and method.name not in methods and getattr(method, key) != getattr(defaults, key):
+            raise TuneletError(
+                f"{where}: method.{key} has no effect",
+                why=f"the method is {method.name}, and {key} is read by {', '.join(methods)}",
+                fix="leave it out, or take another method",
+            )
+    smoothed = method.loss_type in ("cdpo", "robust")
+    if method.name == "dpo" and smoothed != (method.label_smoothing > 0):
+        key = "method.loss_type" if smoothed else "method.label_smoothing"
+        raise TuneletError(
+            f"{wheres.get(key, shown)}: {key} has no effect",
+            why=f"method.loss_type is {method.loss_type!r} and method.label_smoothing {method.label_smoothing}",
+            fix="give both: --set method.loss_type=robust --set method.label_smoothing=0.1",
+        )

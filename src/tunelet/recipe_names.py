@@ -132,9 +132,24 @@ SYNONYMS: dict[str, str] = {
     "eval_batch_size": "eval.batch_size",
     # the rest
     "run_name": "name",
-    "task": "method",
-    "stage": "method",
-    "training_type": "method",
+    # method
+    "task": "method.name",
+    "stage": "method.name",
+    "training_type": "method.name",
+    "loss": "method.loss_type",
+    "pref_loss": "method.loss_type",
+    "dpo_beta": "method.beta",
+    "pref_beta": "method.beta",
+    "orpo_beta": "method.beta",
+    "orpo_alpha": "method.beta",
+    "kto_beta": "method.beta",
+    "rpo": "method.rpo_alpha",
+    "pref_ftx": "method.rpo_alpha",
+    "dpo_label_smoothing": "method.label_smoothing",
+    "gamma": "method.simpo_gamma",
+    "gamma_beta_ratio": "method.simpo_gamma",
+    "kto_chosen_weight": "method.desirable_weight",
+    "kto_rejected_weight": "method.undesirable_weight",
 }
 
 # Switches of other tools that have no key here, and why not.
@@ -144,6 +159,10 @@ ABSENT: dict[str, str] = {
     "completion_only_loss": "only the answer is trained; give a turn `weight: 0` to leave it out",
     "train_on_inputs": "only the assistant's turns are trained; use method = 'pretrain' for plain text",
     "report_to": "every run writes log.jsonl and report.html; nothing is sent anywhere",
+    "ref_model": "the reference is the model the training starts from",
+    "reference_model": "the reference is the model the training starts from",
+    "precompute_ref_log_probs": "the reference's log-probabilities are always computed once, and kept on disk",
+    "max_prompt_length": "data.max_length bounds prompt and answer together",
     "push_to_hub": "nothing leaves the machine; the model is in the run's folder",
     "hub_model_id": "nothing leaves the machine; the model is in the run's folder",
     "fp16": "set model.dtype",

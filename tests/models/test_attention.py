@@ -56,7 +56,8 @@ def stream(rows: list[torch.Tensor]) -> Batch:
     starts = lengths.cumsum(0)
     at = torch.cat([torch.arange(a, b - 1) for a, b in itertools.pairwise(starts)])
     ids = torch.cat(rows)
-    return Batch(ids, torch.cat([torch.arange(len(row)) for row in rows]), starts, at, ids[at + 1])
+    positions, none = torch.cat([torch.arange(len(row)) for row in rows]), torch.empty(0)
+    return Batch(ids, positions, starts, at, ids[at + 1], none, none, none)
 
 
 def rows_of(kind: str) -> list[torch.Tensor]:

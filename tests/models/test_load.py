@@ -255,8 +255,8 @@ print((kilobytes("VmHWM") - before) / 1e3)
 def test_loading_holds_one_copy(tiny_model_folder, tmp_path):
     """29M parameters stored in bf16. transformers alone takes 176 MB in float32: the mapped file beside its copy.
 
-    int8 takes 31 MB, 90 with the bf16 weights beside it. The 25 MB are for what the heap holds of passing tensors, which
-    differs by 20 MB from run to run."""
+    int8 takes 31 MB, 90 with the bf16 weights beside it. The 25 MB are for what the heap holds of passing
+    tensors, which differs by 20 MB from run to run."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     big = LlamaConfig(

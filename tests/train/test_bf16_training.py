@@ -18,7 +18,7 @@ from tunelet.models.device import Choice
 from tunelet.models.ready import make_ready
 from tunelet.recipe import Recipe
 from tunelet.runs.record import Run
-from tunelet.train import loop, rounding
+from tunelet.train import loop, rounding, step
 
 STEPS = 200
 pytestmark = pytest.mark.slow
@@ -39,6 +39,11 @@ def texts():
             Tokens(ids, (False,) + (True,) * (len(ids) - 1), ((0, len(ids), "text"),), Origin("starter", number))
         )
     return rows[:800], rows[800:]
+
+
+def scored(model, rows):
+    recipe = Recipe.model_validate({"method": "pretrain", "train": {"batch_size": 32}})
+    return step.Stepper(model, None, recipe, "cpu").held_out(rows)[0]
 
 
 def held_out_loss(tmp_path, texts, dtype, state="float32", rate=2e-4, steps=STEPS):
@@ -65,7 +70,7 @@ def held_out_loss(tmp_path, texts, dtype, state="float32", rate=2e-4, steps=STEP
     loop.train(
         recipe, run, model=model, tokenizer=None, train_rows=texts[0], eval_rows=[], choice=choice, console=quiet
     )
-    return loop.held_out(model.float(), texts[1], 32, "cpu")
+    return scored(model.float(), texts[1])
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +85,7 @@ def test_held_out_loss_within_one_percent_of_fp32(tmp_path, texts, fp32, state):
 
 def test_rounding_to_nearest_gets_stuck(tmp_path, texts, monkeypatch):
     """The trap that the cure is for: with steps smaller than the grid nothing is learned, and with ours it is."""
-    start = loop.held_out(load.load_model("starter", Choice("cpu", "float32", 1)), texts[1], 32, "cpu")
+    start = scored(load.load_model("starter", Choice("cpu", "float32", 1)), texts[1])
     cured = held_out_loss(tmp_path, texts, "bfloat16", "bfloat16", rate=1e-5, steps=60)
     monkeypatch.setattr(rounding, "to_bfloat16", lambda values, generator: values.to(torch.bfloat16))
     trapped = held_out_loss(tmp_path / "nearest", texts, "bfloat16", "bfloat16", rate=1e-5, steps=60)

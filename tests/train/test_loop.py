@@ -217,7 +217,7 @@ def test_early_stopping_restores_the_best_weights(tmp_path):
     assert trained.steps < 60
     assert losses[-1] > min(losses) and losses[-2] > min(losses)
     assert trained.best_loss == min(losses) == trained.held_out_loss < losses[0]
-    assert loop.held_out(built, held, 4, "cpu") == pytest.approx(min(losses), rel=1e-5)
+    assert step.Stepper(built, None, made, "cpu").held_out(held)[0] == pytest.approx(min(losses), rel=1e-5)
 
 
 def test_early_stopping_resumes_the_same(tmp_path, monkeypatch):
@@ -247,9 +247,12 @@ def test_early_stopping_resumes_the_same(tmp_path, monkeypatch):
 
 def test_nan_stops_with_a_clear_error_and_leaves_the_checkpoint(tmp_path, monkeypatch):
     real, calls = methods.losses()["sft"], iter(range(1000))
-    monkeypatch.setattr(
-        step, "losses", lambda: {"sft": lambda *a: real(*a) * (float("nan") if next(calls) == 6 else 1.0)}
-    )
+
+    def broken(*arguments):
+        loss, told = real(*arguments)
+        return loss * (float("nan") if next(calls) == 6 else 1.0), told
+
+    monkeypatch.setattr(step, "losses", lambda: {"sft": broken})
     with pytest.raises(TuneletError, match="step 7") as caught:
         train(tmp_path / "run", recipe(save_steps=3))
     assert "learning_rate" in caught.value.fix and "step-000006" in caught.value.fix

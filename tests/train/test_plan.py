@@ -144,7 +144,7 @@ def test_bytes_saved_by_a_forward_are_carried_to_the_full_depth(checkpointing):
     cost = measure.measure(asked, CPU, config, probes, (1, 3))
     whole = measure._stepper(asked, CPU, config, config.num_hidden_layers)
     rows = (22, 30, 34, 40, 41, 48)
-    read = measure._count(whole, measure._batch(Probe(rows, 120), 120), "cpu")
+    read = measure._count(whole, measure._rows(Probe(rows, 120), 120, "sft"), "cpu")
     assert float(cost.saved(rows)[0]) == pytest.approx(read.saved, rel=0.15)
     assert read.saved > 0 and read.top >= 0
 

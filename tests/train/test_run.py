@@ -11,7 +11,6 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from tunelet import methods
 from tunelet.align import align
 from tunelet.errors import TuneletError
 from tunelet.models import weights
@@ -183,15 +182,15 @@ def test_the_same_call_again(tiny_model_folder, chats, tmp_path, monkeypatch):
     """Unfinished: goes on. Finished: a clear error. Another recipe: a clear error that names the setting."""
 
     made = recipe(tiny_model_folder, chats, train={"save_steps": 2})
-    real, calls = methods.losses()["sft"], iter(range(100))
+    real = step.Stepper.__call__
 
-    def failing(*arguments):
-        if next(calls) == 4:
+    def failing(self, rows, number, total):
+        if number == 4:
             raise RuntimeError("a bug")
-        return real(*arguments)
+        return real(self, rows, number, total)
 
-    monkeypatch.setattr(step, "losses", lambda: {"sft": failing})
-    with pytest.raises(RuntimeError):
+    with monkeypatch.context() as broken, pytest.raises(RuntimeError):
+        broken.setattr(step.Stepper, "__call__", failing)
         run_training(made, tmp_path / "run", console=QUIET)
     failed = Run(tmp_path / "run")
     assert failed.status == "failed" and "a bug" in failed.read_json("FAILED.json")["what"]

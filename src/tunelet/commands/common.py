@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tunelet.recipe import Recipe
     from tunelet.recipe_io import Loaded
 
-METHODS = ("pretrain", "sft")
+METHODS = ("pretrain", "sft", "dpo", "orpo", "simpo", "kto")
 
 Sets = Annotated[
     list[str] | None,
@@ -164,7 +164,7 @@ def choose_out(out: Path | None, recipe: Recipe, console: Console) -> Path:
 def free_folder(recipe: Recipe) -> Path:
     from tunelet.runs import record
 
-    base = Path("runs") / (recipe.name if recipe.name != "run" else recipe.method)
+    base = Path("runs") / (recipe.name if recipe.name != "run" else recipe.method.name)
     for number in range(1, 10_000):
         folder = base if number == 1 else base.with_name(f"{base.name}-{number}")
         if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):

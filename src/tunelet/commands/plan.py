@@ -51,7 +51,7 @@ def plan(
     if not recipe or len(recipe) > 1:
         raise TuneletError("which recipe?", fix="tunelet plan RECIPE, tunelet plan sft, or tunelet plan --history")
     method = recipe[0] if recipe[0] in METHODS else None
-    flags = {"METHOD": ("method", method), **flags_of(model, data, columns, adapter)}
+    flags = {"METHOD": ("method.name", method), **flags_of(model, data, columns, adapter)}
     loaded = load_recipe(None if method else recipe[0], sets, flags)
     from tunelet.train import fit
     from tunelet.train import run as training

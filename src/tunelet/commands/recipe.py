@@ -72,8 +72,12 @@ def init(
     from tunelet import recipe_io, recipe_text
 
     if method not in METHODS:
-        raise TuneletError(f"there is no method '{method}'", fix=f"the methods are {' and '.join(METHODS)}")
-    given: dict[str, Any] = {"name": out.stem if out else "my-run", "method": method, "model.path": model or "starter"}
+        raise TuneletError(f"there is no method '{method}'", fix=f"the methods are {', '.join(METHODS)}")
+    given: dict[str, Any] = {
+        "name": out.stem if out else "my-run",
+        "method.name": method,
+        "model.path": model or "starter",
+    }
     given["data.train"] = data or ["starter"]
     if columns:
         given["data.columns"] = column_map(columns)

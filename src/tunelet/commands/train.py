@@ -108,9 +108,9 @@ def _first(
     if method is not None and method not in METHODS:
         raise TuneletError(
             f"there is no method '{method}'.{did_you_mean(method, METHODS)}",
-            fix=f"the methods are {' and '.join(METHODS)}",
+            fix=f"the methods are {', '.join(METHODS)}",
         )
-    loaded = load_recipe(recipe, sets, {"METHOD": ("method", method), **flags_of(model, data, columns, adapter)})
+    loaded = load_recipe(recipe, sets, {"METHOD": ("method.name", method), **flags_of(model, data, columns, adapter)})
     folder = choose_out(out, loaded.recipe, console)
     _train(loaded.recipe, folder, loaded.origins, console, json_to)
 
@@ -134,7 +134,7 @@ def _resume(folder: Path, console: Any, json_to: str | None) -> None:
     if run.status == "finished":
         raise TuneletError(
             f"{folder}: this run is finished, there is nothing to go on with",
-            fix=f"train further from it with: tunelet train {run.recipe().method} --model {folder} --out OTHER",
+            fix=f"train further from it with: tunelet train {run.recipe().method.name} --model {folder} --out OTHER",
         )
     console.print(f"[bold]Going on with the {run.status} run in {folder}[/]")
     _train(run.recipe(), folder, run.origins(), console, json_to)

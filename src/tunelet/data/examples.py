@@ -5,7 +5,8 @@ Frozen dataclasses; tensors only from `Batch` on. Everything remembers its row, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import itertools
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -131,12 +132,46 @@ class Tokens:
     """A rendered example. `mask[i]` says whether token i is a target (is trained). `spans` name stretches of tokens:
     (start, end, role), end exclusive, in order and without overlap; together they cover all ids. The role is that of
     the message the tokens were printed for, "template" where it was for none, "text" for plain text. Plain texts and
-    windows hold numpy arrays (int32 ids, bool masks) in place of the tuples: a token then takes 4 bytes."""
+    windows hold numpy arrays (int32 ids, bool masks) in place of the tuples: a token then takes 4 bytes.
+
+    branches: starts of several ways to go on from one beginning, ids[:branches[0]], which stands there once: the chosen
+    and the rejected answer of a prompt, say. Each sees the beginning and itself, in attention and in its positions.
+    Empty: one sequence, without branches. label: a verdict on the row (KTO's). reference: log-probability of each
+    sequence's targets under the model that the training started from, once that is known."""
 
     ids: tuple[int, ...]
     mask: tuple[bool, ...]
     spans: tuple[tuple[int, int, str], ...]
     origin: Origin
+    branches: tuple[int, ...] = ()
+    label: bool = True
+    reference: tuple[float, ...] = ()
+
+    @property
+    def sequences(self) -> tuple[tuple[int, int], ...]:
+        """(start, end) in ids of what each sequence has of its own; the first one's holds the beginning."""
+        edges = (0, *self.branches[1:], len(self.ids))
+        return tuple(itertools.pairwise(edges))
+
+    def only(self, number: int) -> Tokens:
+        """The row with one of its sequences alone: what the branches share, and branch `number`."""
+        shared, (_, end) = self.branches[0], self.sequences[number]
+        start = self.branches[number]
+        kept = [(0, shared, 0), (start, end, start - shared)]
+        spans = tuple(
+            (max(a, low) - moved, min(b, high) - moved, role)
+            for low, high, moved in kept
+            for a, b, role in self.spans
+            if a < high and b > low
+        )
+        return Tokens(
+            self.ids[:shared] + self.ids[start:end],
+            self.mask[:shared] + self.mask[start:end],
+            spans,
+            self.origin,
+            label=self.label,
+            reference=self.reference[number : number + 1],
+        )
 
     @property
     def trained(self) -> int:
@@ -152,8 +187,11 @@ class Batch:
     input_ids, position_ids: [T] int64. Positions restart at 0 with every row. T may be a little more than the rows
     need; what stands after the last row takes part in nothing.
     segments: [rows + 1] int64, row r is input_ids[segments[r]:segments[r+1]]; attention never crosses a border.
+    branches: for each row where its branches start in the stream, () for a row without (see `Tokens`).
     loss_at: [N] int64, positions in the stream whose *next* token is a target (hidden state there predicts `targets`).
-    targets: [N] int64, the tokens to predict, input_ids[loss_at + 1].
+    targets: [N] int64, the tokens to predict: input_ids[loss_at + 1], and at the start of a branch its first token.
+    sequence_of: [N] int64, which sequence each target belongs to: a row without branches is one, of a row with branches
+    each is. reference: [sequences] fp32, empty where none is known. labels: [rows] bool.
     """
 
     input_ids: torch.Tensor
@@ -161,6 +199,10 @@ class Batch:
     segments: torch.Tensor
     loss_at: torch.Tensor
     targets: torch.Tensor
+    sequence_of: torch.Tensor
+    reference: torch.Tensor
+    labels: torch.Tensor
+    branches: tuple[tuple[int, ...], ...] = ()
     origins: tuple[Origin, ...] = ()
 
     @property
@@ -168,12 +210,11 @@ class Batch:
         """Tokens of the rows."""
         return int(self.segments[-1])
 
+    @property
+    def sequences(self) -> int:
+        """How many there are: one for a row without branches, else one for each."""
+        return sum(max(1, len(branches)) for branches in self.branches)
+
     def to(self, device: Any) -> Batch:
-        return Batch(
-            self.input_ids.to(device),
-            self.position_ids.to(device),
-            self.segments,
-            self.loss_at.to(device),
-            self.targets.to(device),
-            self.origins,
-        )
+        moved = ("input_ids", "position_ids", "loss_at", "targets", "sequence_of", "reference", "labels")
+        return replace(self, **{name: getattr(self, name).to(device) for name in moved})

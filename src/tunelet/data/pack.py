@@ -42,13 +42,32 @@ def make_batch(rows: Sequence[Tokens]) -> Batch:
     mask[segments[:-1]] = False
     targets_at = np.flatnonzero(mask)
     positions = np.arange(segments[-1], dtype=np.int64) - np.repeat(segments[:-1], lengths)
+    before = targets_at - 1  # the token that predicts each target
+    owners, branches, reference = np.repeat(np.arange(len(rows)), lengths), [()] * len(rows), []
+    if any(row.branches for row in rows):
+        owners, first = np.empty(len(ids), dtype=np.int64), 0
+        for number, (row, start) in enumerate(zip(rows, segments[:-1].tolist(), strict=True)):
+            for begin, end in row.sequences:
+                owners[start + begin : start + end] = first
+                first += 1
+            shared = row.branches[0] if row.branches else 0
+            for begin, (_, end) in zip(row.branches, row.sequences, strict=bool(row.branches)):
+                positions[start + begin : start + end] = np.arange(shared, shared + end - begin)
+                before[targets_at == start + begin] = start + shared - 1
+            branches[number] = tuple(start + begin for begin in row.branches)
+    for row in rows:
+        reference += row.reference
     fill = (0, int(-segments[-1] % MULTIPLE))
     return Batch(
         input_ids=torch.from_numpy(np.pad(ids, fill)),
         position_ids=torch.from_numpy(np.pad(positions, fill)),
         segments=torch.from_numpy(segments),
-        loss_at=torch.from_numpy(targets_at - 1),
+        loss_at=torch.from_numpy(before),
         targets=torch.from_numpy(ids[targets_at]),
+        sequence_of=torch.from_numpy(owners[targets_at]),
+        reference=torch.tensor(reference, dtype=torch.float32),
+        labels=torch.tensor([row.label for row in rows]),
+        branches=tuple(branches),
         origins=tuple(row.origin for row in rows),
     )
 

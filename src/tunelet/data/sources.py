@@ -162,6 +162,7 @@ def _starter(kind: str, split: str, seed: int, limit: int) -> Rows:
 
     rows = []
     digest = hashlib.sha256()
+    kind = "preference" if kind == "labelled" else kind  # single verdicts are made of pairs
     for number, value in enumerate(starter.rows(kind, split, n=limit or None, seed=seed), start=1):
         rows.append(Row(Origin(f"starter {kind}/{split}", number, "row"), value))
         digest.update(json.dumps(value, ensure_ascii=False, sort_keys=True, default=str).encode())

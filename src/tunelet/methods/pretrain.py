@@ -11,10 +11,12 @@ from typing import Any
 import torch
 
 from tunelet.data.examples import Batch
+from tunelet.methods import Totals
 from tunelet.models import head
+from tunelet.recipe import MethodSection
 
 
-def loss(model: Any, batch: Batch, targets_in_step: int) -> torch.Tensor:
+def loss(model: Any, batch: Batch, totals: Totals, method: MethodSection) -> tuple[torch.Tensor, dict[str, float]]:
     """This batch's share of the step's loss: sum of its negative log-likelihoods / targets of the whole optimizer step.
     fp32 scalar."""
-    return head.nll_sum(model, batch, 1.0 / targets_in_step)
+    return head.nll_sum(model, batch, 1.0 / totals.targets), {}

@@ -43,21 +43,33 @@ class AttentionPlan:
     tokens: of the rows; the stream may go on after them, with nothing that matters.
     gather: [P] int64, position of the layout -> token of the stream (padding repeats a token of its row); None: the
     layout *is* the stream. scatter: [tokens] int64, token -> its position in the layout; None with `gather`.
+    again: what several branches share stands in the layout once for each; [A] positions of all but the first time.
     """
 
     groups: tuple[Group, ...]
     tokens: int
     gather: torch.Tensor | None
     scatter: torch.Tensor | None
+    again: torch.Tensor | None = None
 
 
-def plan(segments: torch.Tensor | Sequence[int], device: Any = None) -> AttentionPlan:
-    """Group the rows of a stream by similar length. `segments`: [rows + 1] borders, as in `Batch.segments`."""
+def plan(
+    segments: torch.Tensor | Sequence[int], device: Any = None, branches: Sequence[Sequence[int]] = ()
+) -> AttentionPlan:
+    """Group the sequences of a stream by similar length. `segments`: [rows + 1] borders, `branches`: for each row where
+    its branches start, as in `Batch`."""
     borders = segments.tolist() if isinstance(segments, torch.Tensor) else list(segments)
-    lengths = [b - a for a, b in itertools.pairwise(borders)]
-    if not lengths or min(lengths) <= 0:
+    if len(borders) < 2 or any(b <= a for a, b in itertools.pairwise(borders)):
         raise ValueError(f"segments must rise strictly, got {borders}")
-    if len(set(lengths)) == 1:
+    # (start, end of what all branches share; start, end of what follows)
+    sequences: list[tuple[int, int, int, int]] = []
+    for (a, b), starts in itertools.zip_longest(itertools.pairwise(borders), branches, fillvalue=()):
+        if starts:
+            sequences += [(a, starts[0], c, d) for c, d in itertools.pairwise((*starts, b))]
+        else:
+            sequences.append((a, a, a, b))
+    lengths = [b - a + d - c for a, b, c, d in sequences]
+    if len(set(lengths)) == 1 and sum(lengths) == borders[-1]:
         return AttentionPlan((Group(len(lengths), lengths[0]),), borders[-1], None, None)
     by_length = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     members: list[list[int]] = []
@@ -68,37 +80,52 @@ def plan(segments: torch.Tensor | Sequence[int], device: Any = None) -> Attentio
         else:
             members.append([row])
     gather: list[torch.Tensor] = []
-    scatter = torch.empty(borders[-1], dtype=torch.int64)
+    scatter = torch.full((borders[-1],), -1, dtype=torch.int64)
+    again: list[torch.Tensor] = []
     groups, offset = [], 0
     for rows in members:
         length = -(-lengths[rows[0]] // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
         groups.append(Group(len(rows), length))
         for row in rows:
-            tokens = torch.arange(borders[row], borders[row + 1])
-            scatter[tokens] = torch.arange(offset, offset + len(tokens))
+            a, b, c, d = sequences[row]
+            tokens, places = torch.cat([torch.arange(a, b), torch.arange(c, d)]), torch.arange(offset, offset + b - a)
+            if b > a and scatter[a] >= 0:
+                again.append(places)
+            else:
+                scatter[a:b] = places
+            scatter[c:d] = torch.arange(offset + b - a, offset + len(tokens))
             # Padding stands on the right, where causality hides it from every real query.
-            gather.append(F.pad(tokens, (0, length - len(tokens)), value=borders[row]))
+            gather.append(F.pad(tokens, (0, length - len(tokens)), value=int(tokens[0])))
             offset += length
-    return AttentionPlan(tuple(groups), borders[-1], torch.cat(gather).to(device), scatter.to(device))
+    return AttentionPlan(
+        tuple(groups),
+        borders[-1],
+        torch.cat(gather).to(device),
+        scatter.to(device),
+        torch.cat(again).to(device) if again else None,
+    )
 
 
 class _Lay(torch.autograd.Function):
     """Stream -> layout or back: out[i] = x[index[i]], zeros after that up to `size`. The backward is a gather too,
-    because each token has exactly one real place."""
+    because each token has one real place, but for `again`: the further places of what branches share."""
 
     @staticmethod
-    def forward(ctx, x, index, back, to_layout, size):
-        ctx.save_for_backward(index, back)
+    def forward(ctx, x, index, back, to_layout, size, again=None):
+        ctx.save_for_backward(index, back, again)
         ctx.to_layout, ctx.size = to_layout, x.shape[0]
         return _gathered(x, index, size)
 
     @staticmethod
     def backward(ctx, grad):
-        index, back = ctx.saved_tensors
+        index, back, again = ctx.saved_tensors
         if ctx.to_layout:
-            return _gathered(grad, back, ctx.size), None, None, None, None
+            out = _gathered(grad, back, ctx.size)
+            if again is not None:
+                out.index_add_(0, index[again], grad[again])
+            return out, None, None, None, None, None
         out = grad.new_zeros(ctx.size, *grad.shape[1:])  # padding gets no gradient
-        return out.index_copy_(0, index, grad[: len(index)].contiguous()), None, None, None, None
+        return out.index_copy_(0, index, grad[: len(index)].contiguous()), None, None, None, None, None
 
 
 def _gathered(x: torch.Tensor, index: torch.Tensor, size: int) -> torch.Tensor:
@@ -238,7 +265,7 @@ def flat_attention(q, k, v, plan: AttentionPlan, *, scale, window=None, softcap=
     stream = q.shape[0]
     if plan.gather is not None:
         size = len(plan.gather)
-        q, k, v = (_Lay.apply(x.contiguous(), plan.gather, plan.scatter, True, size) for x in (q, k, v))
+        q, k, v = (_Lay.apply(x.contiguous(), plan.gather, plan.scatter, True, size, plan.again) for x in (q, k, v))
     else:
         q, k, v = (x[: plan.tokens] for x in (q, k, v))
     sizes = [group.rows * group.length for group in plan.groups]

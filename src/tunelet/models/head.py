@@ -7,7 +7,8 @@ Not a loss function of a method (those are in `methods/`) and no template code. 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -28,7 +29,7 @@ def _causal_lm(model: nn.Module) -> Any:
 
 
 def _inputs(batch: Batch, plan: attention.AttentionPlan | None) -> dict[str, Any]:
-    plan = plan or attention.plan(batch.segments, batch.input_ids.device)
+    plan = plan or attention.plan(batch.segments, batch.input_ids.device, batch.branches)
     return {
         "input_ids": batch.input_ids[None],
         "position_ids": batch.position_ids[None],
@@ -37,12 +38,19 @@ def _inputs(batch: Batch, plan: attention.AttentionPlan | None) -> dict[str, Any
     }
 
 
-def _rows(batch: Batch) -> list[dict[str, Any]]:
-    """The inputs of each row alone."""
-    return [
-        {"input_ids": row[None], "use_cache": False}
-        for row in batch.input_ids[: batch.tokens].split(batch.segments.diff().tolist())
-    ]
+def _one_by_one(batch: Batch, run: Callable[[dict[str, Any]], torch.Tensor]) -> torch.Tensor:
+    """[T, ...]: what `run` gives for each sequence alone, laid out as the stream is. What branches share is taken from
+    the first."""
+    parts = []
+    for (start, end), branches in itertools.zip_longest(
+        itertools.pairwise(batch.segments.tolist()), batch.branches, fillvalue=()
+    ):
+        shared = (branches[0] if branches else start) - start
+        for begin, stop in itertools.pairwise((*(branches or (start,)), end)):
+            ids = torch.cat([batch.input_ids[start : start + shared], batch.input_ids[begin:stop]])
+            out = run({"input_ids": ids[None], "use_cache": False})[0]
+            parts.append(out[shared if begin > start + shared else 0 :])
+    return torch.cat(parts)
 
 
 def packs(model: nn.Module) -> bool:
@@ -74,7 +82,7 @@ def _probing(lm: nn.Module) -> Iterator[Batch]:
     lm.eval()
     try:
         with torch.no_grad():
-            yield Batch(ids, torch.arange(4, device=device), torch.tensor([0, 4]), none, none)
+            yield Batch(ids, torch.arange(4, device=device), torch.tensor([0, 4]), none, none, none, none, none)
     finally:
         lm.train(was_training)
 
@@ -85,7 +93,7 @@ def hidden_states(model: nn.Module, batch: Batch, plan: attention.AttentionPlan 
     body = _causal_lm(model).base_model
     if packs(model):
         return body(**_inputs(batch, plan)).last_hidden_state[0]
-    return torch.cat([body(**row).last_hidden_state[0] for row in _rows(batch)])
+    return _one_by_one(batch, lambda row: body(**row).last_hidden_state)
 
 
 def _logits(model: nn.Module, batch: Batch, plan: attention.AttentionPlan | None = None) -> torch.Tensor:
@@ -93,7 +101,7 @@ def _logits(model: nn.Module, batch: Batch, plan: attention.AttentionPlan | None
     lm = _causal_lm(model)
     if packs(model):
         return lm(**_inputs(batch, plan), logits_to_keep=batch.loss_at).logits[0]
-    return torch.cat([lm(**row).logits[0] for row in _rows(batch)]).index_select(0, batch.loss_at)
+    return _one_by_one(batch, lambda row: lm(**row).logits).index_select(0, batch.loss_at)
 
 
 def is_plain(model: nn.Module) -> bool:

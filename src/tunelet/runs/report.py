@@ -313,7 +313,7 @@ def _environment(run: Run) -> list[tuple[str, str]]:
 def _sentence(run: Run, recipe: Recipe) -> str:
     data, plan = run.read_json("data.json"), (run.read_json("plan.json", {}).get("actual") or {})
     steps = max((row["step"] for row in run.log_rows() if "step" in row), default=0)
-    how = {"sft": "Supervised fine-tuning", "pretrain": "First training"}.get(recipe.method, recipe.method)
+    how = {"sft": "Supervised fine-tuning", "pretrain": "First training"}.get(recipe.method.name, recipe.method.name)
     adapter = (
         "" if recipe.adapter.kind == "none" else f" with {recipe.adapter.kind.upper()} of rank {recipe.adapter.rank}"
     )
@@ -347,7 +347,7 @@ def _next(run: Run, recipe: Recipe, after: Mapping[str, Any]) -> list[tuple[str,
                 f"tunelet data mask {own[0]} --model {recipe.model.path or folder} --row 3",
             )
         )
-    if not after and recipe.method != "pretrain":
+    if not after and recipe.method.name != "pretrain":
         out.append(("Measure it", f"tunelet eval {folder} --task held_out --data HELD_OUT.jsonl"))
     rate = after.get("stop_rate")
     if rate and rate["value"] < 0.99:

@@ -128,7 +128,7 @@ def _key(recipe: Recipe, choice: Choice, config: Any, probes: Sequence[Probe], d
     told = {
         "format": FORMAT,
         "shape": shape,
-        "method": recipe.method,
+        "method": recipe.method.name,
         "quantization": recipe.model.quantization,
         "adapter": recipe.adapter.model_dump(),
         "train": recipe.train.model_dump(include=settings),

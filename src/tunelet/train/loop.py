@@ -8,6 +8,7 @@ bit-identical to one that never stopped.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -15,15 +16,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tunelet.data import pack
 from tunelet.data.examples import Tokens
 from tunelet.errors import TuneletError
-from tunelet.models import device, head
-from tunelet.recipe import Recipe
+from tunelet.models import device
+from tunelet.recipe import PREFERENCE, REFERENCED, Recipe
 from tunelet.runs.record import Run
-from tunelet.train import checkpoint, distributed, progress, sharding, step
+from tunelet.train import checkpoint, distributed, progress, reference, sharding, step
+from tunelet.train.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Trained:
     tokens: int
     seconds: float
     peak_mb: float | None
+    stopped: str = ""  # by the guard: what was going wrong
 
 
 @dataclass
@@ -51,8 +52,11 @@ class Progress:
     best_loss: float | None = None
     best_step: int = 0
     evaluations_without_better: int = 0
+    kept_loss: float | None = None
+    stopped: str = ""
     window_loss: float = 0.0
-    window_targets: int = 0
+    window_weight: int = 0
+    window_told: dict[str, float] = field(default_factory=dict)
     window: dict[str, float] = field(default_factory=lambda: {"tokens": 0, "seconds": 0.0, "cpu_seconds": 0.0})
 
 
@@ -62,8 +66,9 @@ def total_steps(recipe: Recipe, rows: int) -> int:
     return recipe.train.max_steps or max(1, math.ceil(recipe.train.epochs * per_epoch))
 
 
-def step_rows(rows: Sequence[Tokens], recipe: Recipe, first_step: int, total: int) -> Iterator[list[Tokens]]:
-    """The rows of each optimizer step from `first_step` on, in the order in which `batch_size` of them make a batch."""
+def step_places(rows: Sequence[Tokens], recipe: Recipe, first_step: int, total: int) -> Iterator[list[int]]:
+    """Which rows each optimizer step takes from `first_step` on, in the order in which `batch_size` of them make a
+    batch."""
     size = recipe.train.batch_size * recipe.train.gradient_accumulation
     lengths = [len(row.ids) for row in rows]
     per_epoch = math.ceil(len(rows) / size)
@@ -72,29 +77,35 @@ def step_rows(rows: Sequence[Tokens], recipe: Recipe, first_step: int, total: in
         if number // per_epoch != epoch:
             epoch = number // per_epoch
             batches = pack.batches(lengths, size, recipe.train.seed, epoch)
-        yield [rows[i] for i in batches[number % per_epoch]]
+        yield batches[number % per_epoch]
 
 
-@torch.no_grad()
-def held_out(model: Any, rows: Sequence[Tokens], batch_size: int, on: str) -> float:
-    """Mean negative log-likelihood of all targets of `rows`, in nats per token. Several processes take turns with the
-    batches; each makes as many forwards as the others, as sharded layers need."""
-    world = distributed.world()
-    was_training = model.training
-    model.eval()
-    nll, targets = 0.0, 0
-    by_length = sorted((row for row in rows if row.trained), key=lambda row: len(row.ids))
-    batches = [by_length[at : at + batch_size] for at in range(0, len(by_length), batch_size)]
-    for at in range(0, len(batches), world.size):
-        mine = at + world.rank
-        batch = pack.make_batch(batches[min(mine, len(batches) - 1)]).to(on)
-        value = float(head.nll_sum(model, batch))
-        if mine < len(batches):
-            nll += value
-            targets += len(batch.targets)
-    model.train(was_training)
-    nll, targets = world.sums(nll, targets)
-    return nll / targets if targets else float("nan")
+def step_rows(rows: Sequence[Tokens], recipe: Recipe, first_step: int, total: int) -> Iterator[list[Tokens]]:
+    """The same, the rows themselves."""
+    for places in step_places(rows, recipe, first_step, total):
+        yield [rows[i] for i in places]
+
+
+def evaluate_every(recipe: Recipe, total: int) -> int:
+    """Steps between held-out evaluations; 0: none but at the start and the end. A method that compares answers can
+    damage a model in a few steps, so it is looked at ten times where the recipe does not say."""
+    looked_at = recipe.method.name in PREFERENCE and recipe.method.guard != "off"
+    return recipe.train.eval_steps or (math.ceil(total / 10) if looked_at else 0)
+
+
+def with_reference(
+    recipe: Recipe, model: Any, rows: Sequence[Tokens], held: Sequence[Tokens], total: int, choice: Any, console: Any
+) -> tuple[list[Tokens], list[Tokens]]:
+    """Training and held-out rows with what the model says of them now, where the method measures from there. Only the
+    rows that `total` steps come to."""
+    if recipe.method.name not in REFERENCED:
+        return list(rows), list(held)
+    places = sorted(set(itertools.chain.from_iterable(step_places(rows, recipe, 0, total))))
+    found = reference.attached(model, [*(rows[place] for place in places), *held], choice, console)
+    out = list(rows)
+    for place, row in zip(places, found, strict=False):
+        out[place] = row
+    return out, found[len(places) :]
 
 
 def train(
@@ -118,38 +129,56 @@ def train(
     settings, world = recipe.train, distributed.world()
     total = total_steps(recipe, len(train_rows))
     world.spread(model.parameters())
+    started = time.perf_counter()
+    train_rows, eval_rows = with_reference(recipe, model, train_rows, eval_rows, total, choice, console)
+    watch = Watch.of(recipe, model, tokenizer, eval_rows)
+    before = time.perf_counter() - started
     shards = sharding.shard_if_wanted(model, settings, choice.device, world, console)
     optimizer = step.optimizer_for(shards or model, settings)
     if shards:
         shards.connect(optimizer)
     stepper = step.Stepper(model, optimizer, recipe, choice.device, sharded=shards is not None)
     checkpoints = checkpoint.Checkpoints(run, optimizer, world, shards)
-    now = Progress()
+    now = Progress(seconds=before)
     state = checkpoints.go_on()
     if state is not None:
         now = Progress(**{key: state[key] for key in asdict(now)})
         console.print(f"Going on from step {now.step} of {total}.")
+        if watch:
+            watch.go_on(world.told(run.log_rows() if run else None), now.step)
     if run:
         run.truncate_log(now.step if state else -1)
 
     def evaluate() -> bool:
-        """Log the held-out loss; False when early stopping says enough."""
+        """Log the held-out loss, and what is said of it; False when early stopping or the guard says enough."""
         optimizer.settle()
-        now.held_out_loss = held_out(model, eval_rows, settings.batch_size, choice.device)
+        now.held_out_loss, told = stepper.held_out(eval_rows)
+        told = {f"held_out/{name}": value for name, value in told.items()} | (watch.look(model) if watch else {})
         optimizer.refresh()
+        remarks = watch.judge(now.step, told) if watch else []
         if run:
-            run.log({"step": now.step, "held_out_loss": now.held_out_loss})
-        bar.evaluated(now.step, now.held_out_loss)
-        if now.best_loss is None or now.held_out_loss < now.best_loss:
+            row = {"step": now.step, "held_out_loss": now.held_out_loss, **told}
+            run.log(row | ({"remarks": [asdict(remark) for remark in remarks]} if remarks else {}))
+        bar.evaluated(now.step, now.held_out_loss, told)
+        for remark in remarks:
+            console.print(str(remark), markup=False, highlight=False, soft_wrap=True)
+        if any(remark.severity == "stop" for remark in remarks):
+            now.stopped = next(remark.kind for remark in remarks if remark.severity == "stop")
+            return False
+        better = now.best_loss is None or now.held_out_loss < now.best_loss
+        if better:
             now.best_loss, now.best_step, now.evaluations_without_better = now.held_out_loss, now.step, 0
-            if settings.early_stopping:
-                checkpoints.save_best(now.step)
         else:
             now.evaluations_without_better += 1
+        if better if settings.early_stopping else guarded:  # the best weights, or the last that were sound
+            checkpoints.save_best(now.step)
+            now.kept_loss = now.held_out_loss
         return not settings.early_stopping or now.evaluations_without_better < settings.early_stopping
 
     model.train()
+    every, guarded = evaluate_every(recipe, total), watch is not None and recipe.method.guard == "stop"
     enough = settings.early_stopping and now.evaluations_without_better >= settings.early_stopping
+    enough = enough or bool(now.stopped)
     with progress.stop_signals() as stop, progress.bar(console, total, now.step) as bar:
         clock = _Clock(now)
         if now.step == 0 and eval_rows:
@@ -161,21 +190,23 @@ def train(
                 raise _not_a_number(run, now.step + 1, done)
             now.step += 1
             now.tokens, now.trained_tokens = now.tokens + done.tokens, now.trained_tokens + done.targets
-            now.window_loss, now.window_targets = (
-                now.window_loss + done.loss * done.targets,
-                now.window_targets + done.targets,
+            now.window_loss, now.window_weight = (
+                now.window_loss + done.loss * done.weight,
+                now.window_weight + done.weight,
             )
+            for name, value in done.told.items():
+                now.window_told[name] = now.window_told.get(name, 0.0) + value * done.weight
             clock.tick(now, done.tokens)
-            bar.advance(now.step, now.window_loss / now.window_targets, now.window)
+            bar.advance(now.step, now.window_loss / now.window_weight, now.window)
             if now.step % settings.log_steps == 0 or now.step == total:
                 row = _log_row(now, done, choice)
                 if run:
                     run.log(row)
                 bar.logged(row)
-                now.window_loss, now.window_targets, now.window = 0.0, 0, Progress().window
+                now.window_loss, now.window_weight, now.window_told, now.window = 0.0, 0, {}, Progress().window
             stopping = world.sums(stop.asked)[0] > 0  # a signal reaches each process at its own time
             go_on = True
-            if eval_rows and (now.step == total or (settings.eval_steps and now.step % settings.eval_steps == 0)):
+            if eval_rows and (now.step == total or (every and now.step % every == 0)):
                 go_on = evaluate()
                 clock.tick(now, 0)
             if (
@@ -190,12 +221,12 @@ def train(
                 break
             if stopping and now.step < total:
                 raise progress.Interrupted(run.folder if run else Path(), now.step, total)
-    if settings.early_stopping and now.best_loss is not None:
+    if (settings.early_stopping or now.stopped) and now.kept_loss is not None:
         checkpoints.load_best()
-        now.held_out_loss = now.best_loss
+        now.held_out_loss = now.kept_loss
     checkpoints.finish()
     model.eval()
-    return Trained(now.step, now.best_loss, now.held_out_loss, now.tokens, now.seconds, _peak_mb(choice))
+    return Trained(now.step, now.best_loss, now.held_out_loss, now.tokens, now.seconds, _peak_mb(choice), now.stopped)
 
 
 class _Clock:
@@ -220,7 +251,8 @@ def _log_row(now: Progress, done: step.Done, choice: device.Choice) -> dict[str,
     cpu_seconds = distributed.world().sums(now.window["cpu_seconds"])[0]
     return {
         "step": now.step,
-        "loss": now.window_loss / now.window_targets,
+        "loss": now.window_loss / now.window_weight,
+        **{name: value / now.window_weight for name, value in now.window_told.items()},
         "learning_rate": done.learning_rate,
         "grad_norm": done.norm,
         "tokens": now.tokens,

@@ -13,17 +13,17 @@ import contextlib
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from tunelet.data import pack
-from tunelet.data.examples import Batch, Origin, Tokens
+from tunelet.data.examples import Origin, Tokens
+from tunelet.methods import Totals
 from tunelet.models import adapters, cut, head, ready
 from tunelet.models.device import Choice
-from tunelet.recipe import Recipe
+from tunelet.recipe import PREFERENCE, Recipe
 from tunelet.train import energy, step
 from tunelet.train.cost import Cost, Curve, Probe, filled
 
@@ -90,7 +90,7 @@ def measure(recipe: Recipe, choice: Choice, config: Any, probes: Sequence[Probe]
     """
     began = time.perf_counter()
     text = config.get_text_config()
-    batches = [_batch(probe, text.vocab_size).to(choice.device) for probe in probes]
+    batches = [_rows(probe, text.vocab_size, recipe.method.name) for probe in probes]
     made = [_Depth(layers, _stepper(recipe, choice, config, layers)) for layers in depths]
     for one in made:
         one.readings = [_count(one.stepper, batch, choice.device) for batch in batches]
@@ -106,7 +106,7 @@ def measure(recipe: Recipe, choice: Choice, config: Any, probes: Sequence[Probe]
         _update(one, recipe.train.max_grad_norm, choice.device)
     chunk, most = 2**31, 0
     if head.is_plain(made[0].stepper.model):
-        chunk, largest = head.CHUNK_ELEMENTS // text.vocab_size, max(batches, key=lambda batch: len(batch.targets))
+        chunk, largest = head.CHUNK_ELEMENTS // text.vocab_size, max(batches, key=lambda rows: Totals.of(rows).targets)
         most = _many_chunks(made[0].stepper, largest, chunk, text.vocab_size, choice.device)
     figures = _carried(made[0], made[1], probes, text.num_hidden_layers, chunk, choice)
     for one in made:
@@ -120,15 +120,21 @@ def measure(recipe: Recipe, choice: Choice, config: Any, probes: Sequence[Probe]
     )
 
 
-def _batch(probe: Probe, vocabulary: int) -> Batch:
+def _rows(probe: Probe, vocabulary: int, method: str) -> list[Tokens]:
+    """Rows of the probe's lengths; where answers are compared, half of a row's targets belongs to each of two."""
     draw = np.random.default_rng(0)
+    fewest = 2 if method in PREFERENCE else 1
     rows, left = [], probe.targets
     for length in probe.lengths:
-        trained = max(1, min(length - 1, round(probe.targets * length / probe.tokens), left))
+        length = max(length, fewest + 1)
+        trained = max(fewest, min(length - 1, round(probe.targets * length / probe.tokens), left))
         left -= trained
-        ids, mask = draw.integers(0, vocabulary, length), np.arange(length) >= length - trained
-        rows.append(Tokens(ids, mask, ((0, length, "text"),), Origin("plan", 1)))
-    return pack.make_batch(rows)
+        ids, mask = draw.integers(0, vocabulary, length).tolist(), [i >= length - trained for i in range(length)]
+        row = Tokens(tuple(ids), tuple(mask), ((0, length, "text"),), Origin("plan", 1))
+        if method in PREFERENCE:
+            row = replace(row, branches=(length - trained, length - trained // 2), reference=(0.0, 0.0))
+        rows.append(row)
+    return rows
 
 
 def _stepper(recipe: Recipe, choice: Choice, config: Any, layers: int) -> step.Stepper:
@@ -142,12 +148,13 @@ def _stepper(recipe: Recipe, choice: Choice, config: Any, layers: int) -> step.S
     return step.Stepper(model, step.optimizer_for(model, recipe.train), recipe, choice.device)
 
 
-def _count(stepper: step.Stepper, batch: Batch, device: str) -> _Reading:
+def _count(stepper: step.Stepper, rows: list[Tokens], device: str) -> _Reading:
     """Run once, which also warms up, and count bytes."""
     model = stepper.model
     head.is_plain(model)  # looks at the model once, and remembers
+    batch, totals = stepper.batch(rows).to(stepper.device), Totals.of(rows)
     with _Allocations(device) as made:
-        loss = stepper.loss_of(model, batch, len(batch.targets))
+        loss = stepper.loss_of(batch, totals)[0]
         made.mark()
         loss.backward()
         del loss
@@ -158,7 +165,7 @@ def _count(stepper: step.Stepper, batch: Batch, device: str) -> _Reading:
             head.hidden_states(model, batch)
             body.mark()
         with _Allocations(device) as evaluated:
-            head.nll_sum(model, batch)
+            stepper.loss_of(batch, totals)
             evaluated.mark()
     model.train()
     half = (len(made.after) + 1) // 2
@@ -172,15 +179,16 @@ def _count(stepper: step.Stepper, batch: Batch, device: str) -> _Reading:
     )
 
 
-def _many_chunks(stepper: step.Stepper, batch: Batch, chunk: int, vocabulary: int, device: str) -> int:
+def _many_chunks(stepper: step.Stepper, rows: list[Tokens], chunk: int, vocabulary: int, device: str) -> int:
     """Bytes beside what is saved while the head is at work on one of several chunks of `chunk` targets: carried on from
     two smaller ones, as the probe has too few targets for chunks of that size."""
-    kept, sizes, peaks = head.CHUNK_ELEMENTS, [max(1, len(batch.targets) // part) for part in (4, 2)], []
+    batch, kept, peaks = stepper.batch(rows), head.CHUNK_ELEMENTS, []
+    sizes = [max(1, len(batch.targets) // part) for part in (4, 2)]
     for size in sizes:
         head.CHUNK_ELEMENTS = size * vocabulary
         try:
             with _Allocations(device) as made:
-                loss = stepper.loss_of(stepper.model, batch, len(batch.targets))
+                loss = stepper.loss_of(batch, Totals.of(rows))[0]
                 made.mark()
         finally:
             head.CHUNK_ELEMENTS = kept
@@ -237,16 +245,17 @@ class _Allocations:
                 curve[0] = held
 
 
-def _time(stepper: step.Stepper, into: list[tuple[float, float]], batch: Batch, device: str) -> None:
+def _time(stepper: step.Stepper, into: list[tuple[float, float]], rows: list[Tokens], device: str) -> None:
     with _timed(into, device):
-        stepper._backward(batch, len(batch.targets))
+        totals = stepper.with_kl(Totals.of(rows), [[rows]])
+        stepper.loss_of(stepper.batch(rows), totals)[0].backward()
     _clear(stepper.model)
 
 
-def _time_evaluation(stepper: step.Stepper, into: list[tuple[float, float]], batch: Batch, device: str) -> None:
+def _time_evaluation(stepper: step.Stepper, into: list[tuple[float, float]], rows: list[Tokens], device: str) -> None:
     stepper.model.eval()
     with _timed(into, device), torch.no_grad():
-        head.nll_sum(stepper.model, batch)
+        stepper.loss_of(stepper.batch(rows), Totals.of(rows))
     stepper.model.train()
 
 

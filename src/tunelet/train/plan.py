@@ -74,7 +74,8 @@ def work(recipe: Recipe, train_rows: Sequence[Tokens], eval_rows: Sequence[Token
     ]
     by_length = sorted((row for row in eval_rows if row.trained), key=lambda row: len(row.ids))
     held_out = [by_length[at : at + settings.batch_size] for at in range(0, len(by_length), settings.batch_size)]
-    between = -(-total // settings.eval_steps) - 1 if settings.eval_steps else 0
+    every = loop.evaluate_every(recipe, total)
+    between = -(-total // every) - 1 if every else 0
     return Work(
         steps=total,
         train=Batches.of([batch for parts in cut for batch in parts]),

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunelet.data import formats, listing
+from tunelet.data import branches, formats, listing
 from tunelet.data.doctor_tokens import cut, truncation
-from tunelet.data.examples import Chat, Example, Finding, Text, Tokens
+from tunelet.data.examples import Chat, Example, Finding, Labelled, Preference, Text, Tokens
 from tunelet.errors import TuneletError
-from tunelet.recipe import Recipe
+from tunelet.recipe import WANTS, Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -50,8 +50,8 @@ def prepare(recipe: Recipe, folder: Path | None = None) -> Prepared:
     Raises one TuneletError that lists every bad row, where data.bad_rows is "stop", and where nothing is left to train.
     """
     data = recipe.data
-    pretrain = recipe.method == "pretrain"
-    want = "text" if pretrain else "chat"
+    pretrain = recipe.method.name == "pretrain"
+    want = WANTS[recipe.method.name]
     train = _load(data.train, recipe, want, data.limit)
     held, how = _held_out_sources(recipe, want, train)
     findings = [*train.findings, *(held.findings if held else [])]
@@ -84,7 +84,7 @@ def prepare(recipe: Recipe, folder: Path | None = None) -> Prepared:
     if not train_rows or (errors and data.bad_rows == "stop"):
         raise _stop(findings, rows_in, recipe, nothing_left=not train_rows)
     report = {
-        "method": recipe.method,
+        "method": recipe.method.name,
         "train": _side(recipe.data.train, train, train_rows, lost, len(eval_examples) if held is None else 0),
         "eval": {"how": how, "rows": len(eval_rows), **_sizes(eval_rows), **({"sha256": held.sha256} if held else {})},
         "max_length": data.max_length,
@@ -200,7 +200,7 @@ def _leaks(examples: Sequence[Example], eval_examples: Sequence[Example]) -> lis
 def _renderer(recipe: Recipe, examples: Sequence[Example], folder: Path | None) -> tuple[Any, Renderer]:
     from tunelet.data.render import Renderer, load_tokenizer
 
-    if recipe.method == "pretrain" and not recipe.model.path:
+    if recipe.method.name == "pretrain" and not recipe.model.path:
         from tunelet.train.tokenizer import train_tokenizer
 
         folder = folder or Path(tempfile.mkdtemp(prefix="tunelet-tokenizer-"))
@@ -226,16 +226,23 @@ def _tokens(
 ) -> tuple[list[Tokens], Counter[str], list[Finding]]:
     """Rows rendered and cut, in the order of the examples; how many were lost by which reason; what is to be said."""
     findings: list[Finding] = []
-    chats = [example for example in examples if isinstance(example, Chat)]
-    texts = [example for example in examples if isinstance(example, Text)]
-    made = renderer.chats(chats, findings) if chats else []
-    if texts:
-        made = _in_order(examples, [*made, *renderer.texts(texts)])
+
+    def of(kind: type) -> list[Any]:
+        return [example for example in examples if isinstance(example, kind)]
+
+    made = renderer.chats(of(Chat), findings) if of(Chat) else []
+    made += branches.pairs(renderer, of(Preference), findings) if of(Preference) else []
+    made += branches.labelled(renderer, of(Labelled), findings) if of(Labelled) else []
+    if of(Text):
+        made = _in_order(examples, [*made, *renderer.texts(of(Text))])
     lost = Counter(finding.kind for finding in findings)
     rows: list[Tokens] = []
     for row in made:
-        short = cut(row, length)
-        finding = truncation(row, short, length)
+        if row.branches:
+            short, finding = branches.cut(row, length)
+        else:
+            short = cut(row, length)
+            finding = truncation(row, short, length)
         if finding:
             findings.append(finding)
         if finding and finding.severity == "error":

@@ -9,11 +9,20 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from tunelet.errors import TuneletError
+
+# What a held-out evaluation shows beside its loss, where the method says it: words and how the number is written.
+SHOWN = {
+    "held_out/rewards/accuracies": ("preference accuracy", ".1%"),
+    "held_out/rewards/margins": ("margin", ".2f"),
+    "held_out/logps/chosen": ("chosen logp/token", ".3f"),
+    "watch/kl": ("KL/token", ".3f"),
+    "watch/stop_rate": ("stops", ".0%"),
+}
 
 
 class Interrupted(TuneletError):
@@ -76,8 +85,9 @@ class Lines:
             f"learning rate {row['learning_rate']:.2e}  left {duration(left)}"
         )
 
-    def evaluated(self, step: int, loss: float) -> None:
-        self._say(f"step {step}/{self.total}  held-out loss {loss:.4f}")
+    def evaluated(self, step: int, loss: float, told: Mapping[str, float]) -> None:
+        more = "".join(f"  {words} {told[name]:{form}}" for name, (words, form) in SHOWN.items() if name in told)
+        self._say(f"step {step}/{self.total}  held-out loss {loss:.4f}{more}")
 
 
 class Bar(Lines):

@@ -9,15 +9,16 @@ import contextlib
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunelet.errors import TuneletError
-from tunelet.recipe import Recipe
+from tunelet.recipe import PREFERENCE, Recipe
 from tunelet.recipe_text import resolved
 from tunelet.runs import history, lock, report
 from tunelet.runs.record import RESOLVED, Run, check_folder, is_run, must_be_free
-from tunelet.train import defaults, energy, follow
+from tunelet.train import defaults, energy, follow, guard
 from tunelet.train.progress import Interrupted
 
 if TYPE_CHECKING:
@@ -54,10 +55,17 @@ def resolve(recipe: Recipe, origins: Mapping[str, str]) -> tuple[Recipe, dict[st
     recipe, origins = recipe.model_copy(deep=True), dict(origins)
     if not recipe.train.learning_rate:
         rate, why = defaults.learning_rate(
-            recipe.method, recipe.adapter.kind, _parameters(recipe), recipe.model.path == ""
+            recipe.method.name, recipe.adapter.kind, _parameters(recipe), recipe.model.path == ""
         )
         recipe.train.learning_rate = rate
         origins["train.learning_rate"] = why
+    method = recipe.method
+    if not method.beta and (beta := defaults.beta(method.name, method.loss_type)):
+        method.beta = beta
+        origins["method.beta"] = f"default for {method.name}"
+    if method.name == "simpo" and not method.simpo_gamma:
+        method.simpo_gamma = defaults.SIMPO_GAMMA
+        origins["method.simpo_gamma"] = "default for simpo: half of beta"
     return recipe, origins
 
 
@@ -172,6 +180,11 @@ def settle(recipe: Recipe, run: Run, prepared: Prepared, choice: Choice, console
     began = run.recipe()
     if run.read_json("plan.json", {}).get("predicted") is not None:
         return fit.settled_as(recipe, began)
+    parameters = _parameters(recipe) if recipe.method.name in PREFERENCE else 0
+    remarks = guard.before(recipe, parameters)
+    run.write_json("guard.json", [asdict(remark) for remark in remarks])
+    for remark in remarks:
+        console.print(str(remark), markup=False, highlight=False, soft_wrap=True)
     console.print("Predicting ...", markup=False, highlight=False)
     made = fit.make(recipe, choice, prepared.tokenizer, prepared.train_rows, prepared.eval_rows, run.folder)
     if made.impossible:
@@ -247,7 +260,7 @@ def train_and_save(recipe: Recipe, run: Run, prepared: Prepared, model: Any, cho
         )
         peak = device.peak_since_mb(choice.device) if choice.processes == 1 else trained.peak_mb
         with run.folder_in_the_making("adapter" if hasattr(model, "peft_config") else "model") as folder:
-            stops = prepared.renderer.stop_ids if recipe.method != "pretrain" else ()
+            stops = prepared.renderer.stop_ids if recipe.method.name != "pretrain" else ()
             save.save(model, prepared.tokenizer, folder, dtype, stop_ids=stops)
     energy.fill_in(run, "training", trained.seconds)
     spent = run.read_json("energy.json")["parts"]["training"]["energy_wh"]
@@ -265,6 +278,7 @@ def figures(trained: Trained) -> dict[str, Any]:
         "tokens": trained.tokens,
         "seconds": trained.seconds,
         "peak_mb": trained.peak_mb,
+        **({"stopped": trained.stopped} if trained.stopped else {}),
     }
 
 
