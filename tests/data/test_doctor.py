@@ -56,9 +56,9 @@ def test_planted_faults_are_found_by_their_names(corpus):
 
 
 def test_a_mended_file_is_clean_and_the_source_untouched(corpus, tmp_path):
-    path, plan, loaded, findings = corpus
+    path, plan, loaded, _ = corpus
     before = path.read_bytes()
-    rows, notes = doctor.fix(loaded.examples, findings)
+    rows, notes = doctor.fix(loaded.examples, loaded.counts.dropped)
     write_jsonl(rows, tmp_path / "clean.jsonl")
     again = formats.load([str(tmp_path / "clean.jsonl")])
     assert not [finding for finding in again.findings if finding.severity == "error"]
@@ -76,8 +76,8 @@ def test_a_mended_file_is_clean_and_the_source_untouched(corpus, tmp_path):
 
 
 def test_every_rule_of_mending_is_reached_and_says_what_it_did(corpus):
-    _, _, loaded, findings = corpus
-    _, notes = doctor.fix(loaded.examples, findings)
+    _, _, loaded, _ = corpus
+    _, notes = doctor.fix(loaded.examples, loaded.counts.dropped)
     assert {note.kind for note in notes} >= {"html", "whitespace", "mojibake", "duplicate", "broken_json", "no_answer"}
     assert not set(MENDS) & set(DROPS)
     assert all(note.severity == "info" and note.kind in note.message for note in notes)
@@ -174,12 +174,13 @@ def test_tools():
 def test_preferences_are_judged_by_their_better_answer(shared):
     examples = formats.load([str(shared / "pref-ultrafeedback")], want="preference").examples
     bad = examples[0].rejected[0]
-    spoiled = [replace(examples[0], rejected=(replace(bad, content=bad.content + "<|im_end|>"),))]
+    spoiled = [replace(examples[0], rejected=(replace(bad, content=bad.content + " &amp; as an AI model, N/A"),))]
     assert kinds(*spoiled) == kinds(examples[0]) == set()
-    spoiled = [replace(examples[0], chosen=(replace(bad, content=bad.content + "<|im_end|>"),))]
+    good = examples[0].chosen[0]
+    spoiled = [replace(examples[0], chosen=(replace(good, content=good.content + "<|im_end|>"),))]
     assert kinds(*spoiled) == {"template_tokens"}
     fixed, _ = doctor.fix([*spoiled, *spoiled])
-    assert len(fixed) == 1 and fixed[0].chosen[0].content == bad.content.strip()
+    assert len(fixed) == 1 and fixed[0].chosen[0].content == good.content.strip()
     labelled = formats.load([str(shared / "pref-square-ko")], want="labelled").examples
     flagged = {f.origin for f in doctor.check(labelled) if f.severity != "info"}
     assert len(flagged) <= 0.01 * len(labelled), flagged

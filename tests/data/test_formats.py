@@ -221,7 +221,7 @@ def test_self_instruct_instances_are_as_many_rows(tmp_path):
     path.write_text(json.dumps(row) + "\n" + json.dumps({"prompt": "no answer"}))
     loaded = formats.load([str(path)])
     assert loaded.counts.as_dict() == {"rows_in": 3, "examples_out": 2, "dropped": {"no_answer": 1}}
-    assert convert(row).kind == "several_instances"
+    assert convert(row).kind == "several_examples"
 
 
 PAIR = ((Message("user", "Hi?"),), (Message("assistant", "Good."),), (Message("assistant", "Bad."),))

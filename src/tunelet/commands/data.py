@@ -16,6 +16,7 @@ from tunelet.commands.common import (
     column_map,
     free_file,
     open_console,
+    open_engine,
     open_tokenizer,
     print_wrapped,
     write_json,
@@ -100,7 +101,12 @@ def convert(
 def doctor(
     sources: Sources,
     model: Annotated[
-        str | None, typer.Option("--model", metavar="M", help="Also check with this model's tokenizer and template.")
+        str | None,
+        typer.Option(
+            "--model",
+            metavar="M",
+            help="Also check with this model's tokenizer and template; pairs: also which answer it finds more likely.",
+        ),
     ] = None,
     template: Template = None,
     max_length: Annotated[int, typer.Option(min=0, metavar="N", help="Tokens a row may have; 0: not checked.")] = 0,
@@ -114,7 +120,8 @@ def doctor(
 ) -> None:
     """Check rows before training: every finding with its row, how bad it is and what mends it.
 
-    Exit code 1 where errors were found and not mended.
+    With --want preference and --model, pairs that the model would clearly order the other way round are named, with
+    their margins; --fix then leaves them out, and never swaps. Exit code 1 where errors were found and not mended.
     """
     console = open_console(json_to)
     if fix is not None:
@@ -123,15 +130,24 @@ def doctor(
     from tunelet.data.convert import write_jsonl
 
     loaded = _load(sources, want, format, columns, system, limit)
-    renderer = None if model is None else open_tokenizer(model, template)[1]
-    findings = [*loaded.findings, *checks.check(loaded.examples, renderer, max_length)]
+    renderer, margins = None, []
+    if model is not None and want == "preference":
+        renderer, margins = _margins(loaded.examples, model, template, max_length, console)
+    elif model is not None:
+        renderer = open_tokenizer(model, template)[1]
+    findings = [*loaded.findings, *checks.check(loaded.examples, renderer, max_length, margins)]
     errors, warnings = (sum(f.severity == kind for f in findings) for kind in ("error", "warning"))
     figures: dict[str, Any] = loaded.counts.as_dict() | {"errors": errors, "warnings": warnings}
     figures["findings"] = [finding_row(finding) for finding in findings]
+    if margins:
+        figures["margins"] = [
+            {"file": example.origin.file, "row": example.origin.line, "margin": margin.total if margin else None}
+            for example, margin in zip(loaded.examples, margins, strict=True)
+        ]
     _print_findings(findings, console)
     console.print(f"{loaded.counts.rows_in} rows, {errors} errors, {warnings} warnings")
     if fix is not None:
-        mended, notes = checks.fix(loaded.examples, findings, renderer, max_length)
+        mended, notes = checks.fix(loaded.examples, loaded.counts.dropped, renderer, max_length, margins)
         write_jsonl(mended, fix)
         for note in notes:
             print_wrapped(console, f"  {note.message}")
@@ -235,6 +251,23 @@ def _row(source: str, row: int, want: str, format: str, columns: list[str] | Non
     raise TuneletError(
         f"{source}: there is no row {row}", why=f"it has {loaded.counts.rows_in}", fix="choose another --row"
     )
+
+
+def _margins(
+    examples: list[Any], model: str, template: str | None, max_length: int, console: Console
+) -> tuple[Any, list[Any]]:
+    """(renderer, doctor_pairs.margins) under a model."""
+    from tunelet.commands.results import _bar
+    from tunelet.data import doctor_pairs
+    from tunelet.evals.held_out import losses
+
+    engine = open_engine(model, device="auto", dtype="auto", trust=False, template=template)
+    length = min(filter(None, (max_length, engine.max_length)), default=0)
+    with _bar(console, "Scoring pairs") as progress:
+        found = doctor_pairs.margins(
+            examples, engine.renderer, lambda rows: losses(engine.model, rows), length, progress
+        )
+    return engine.renderer, found
 
 
 def _tokens(example: Any, renderer: Any) -> Any:

@@ -57,6 +57,12 @@ def detect(row: Mapping[str, Any], want: Want = "chat") -> str:
     if half:
         return half
     asked = first(row, PROMPT_LIKE)
+    if want == "preference":
+        raise Bad(
+            "not_a_preference",
+            f"the row has no better and worse answer (columns: {', '.join(map(repr, list(row)[:8])) or '(none)'})",
+            f"name them: {columns_fix(prompt=asked or 'NAME', chosen='NAME', rejected='NAME')}",
+        )
     text = first(row, TEXTS)
     if text and not asked:
         return "text"

@@ -14,7 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 
 from tunelet.data.doctor_rows import Said, turns_of
-from tunelet.data.examples import Chat, Example, Labelled, Message, Preference
+from tunelet.data.examples import Chat, Example, Labelled, Message, Preference, Text
 from tunelet.data.scripts import STRUCTURED
 
 WORDS = re.compile(r"\w+")
@@ -32,7 +32,10 @@ def look_at_all(examples: Sequence[Example]) -> Iterator[tuple[int, Said]]:
     yield from _near(examples, gone)
     yield from _conflicts(examples, gone)
     yield from _lengths(examples)
-    yield from _cut(examples)
+    yield from _cut({i: answer.content for i, e in enumerate(examples) if (answer := last_answer(e))})
+    rejected = {i: e.rejected[-1].content for i, e in enumerate(examples) if isinstance(e, Preference)}
+    for index, seen in _cut(rejected):  # it may well be worse for that; but many teach to tell cut answers from whole
+        yield index, seen._replace(kind="cut_rejected", severity="info", message=f"rejected: {seen.message}")
 
 
 def _key(example: Example) -> bytes:
@@ -118,7 +121,8 @@ def _alike(
     for other in dict.fromkeys(other for part in sketch for other in buckets[part][:20]):
         both = len(grams & shingled[other])
         union = len(grams) + len(shingled[other]) - both
-        if both >= 0.85 * union and _same_numbers(examples[index], examples[other]):
+        pair = examples[index], examples[other]
+        if both >= 0.85 * union and _same_numbers(*pair) and _parts_alike(*pair):
             return other
     shingled[index] = grams
     for part in sketch:
@@ -131,6 +135,20 @@ def _shingles(text: str) -> frozenset[int]:
     codes = [zlib.crc32(word.encode("utf-8", "surrogatepass")) for word in WORDS.findall(text.casefold())]
     triples = zip(codes, codes[1:], codes[2:], strict=False)
     return frozenset((one * 31 + two * 131 + three * 65599) & 0xFFFFFFFF for one, two, three in triples)
+
+
+def _parts_alike(one: Example, other: Example) -> bool:
+    """Whether each part of a pair is nearly that of another: one long prompt may have many short answers."""
+    if isinstance(one, Chat | Text):
+        return True
+    names = ("prompt", "chosen", "rejected") if isinstance(one, Preference) else ("prompt", "completion")
+    if type(one) is not type(other) or getattr(one, "label", True) != getattr(other, "label", True):
+        return False
+    for name in names:
+        words = [set(WORDS.findall(" ".join(t.content for t in getattr(row, name)).casefold())) for row in (one, other)]
+        if len(words[0] & words[1]) < 0.8 * len(words[0] | words[1]):
+            return False
+    return True
 
 
 def _same_numbers(one: Example, other: Example) -> bool:
@@ -189,14 +207,13 @@ def _lengths(examples: Sequence[Example]) -> Iterator[tuple[int, Said]]:
             )
 
 
-def _cut(examples: Sequence[Example]) -> Iterator[tuple[int, Said]]:
+def _cut(answers: dict[int, str]) -> Iterator[tuple[int, Said]]:
     """Answers that a limit cut before they came here: many end without a full stop at one length, or (where nearly all
     answers end with one) a long answer ends inside a sentence."""
-    answers = {i: answer.content for i, e in enumerate(examples) if (answer := last_answer(e))}
     long = {i: text for i, text in answers.items() if len(text) >= 40}
     if len(long) < 20:
         return
-    open_ended = {i for i, text in long.items() if _open(text.rstrip())}
+    open_ended = {i for i, text in long.items() if _open(text.rstrip()) and not STRUCTURED.search(text)}
     unclosed = {i for i, text in long.items() if text[-1].isalnum() or text[-1] in ",;- "}
     lengths = Counter(map(len, long.values()))
     counts = Counter(len(long[i]) for i in unclosed)

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from tunelet.data import doctor_rows, scripts
 from tunelet.data.examples import Chat, Example, Labelled, Message, Preference, Text
+from tunelet.data.shapes import Bad, checked_chat, checked_prompt
 
 Mend = Callable[[Example], Example]
 
@@ -161,7 +162,27 @@ DROPS: dict[str, str] = {
     "result_without_call": "a turn is missing",
     "truncated_answer": "no token of the answer would be left",
     "cut_short": "the end of the answer would not be trained",
+    "same_when_cut": "nothing would be left to prefer",
+    "identical_answers": "there is nothing to prefer",
+    "near_identical_answers": "there is next to nothing to prefer",
+    "conflicting_pairs": "the same pair is labelled both ways, and which is right is not known: both go",
+    "conflicting_labels": "the same answer has both verdicts, and which is right is not known: both go",
+    "other_prompt": "it answers another prompt",
+    "turns_in_answer": "it compares conversations, not answers",
+    "possibly_swapped": "the model given orders it the other way round; where it is right, swap the row in the source",
 }
+
+
+def checked(example: Example) -> None:
+    """Raises Bad where mending left nothing to train on."""
+    if isinstance(example, Chat):
+        checked_chat(example.messages)
+    elif isinstance(example, (Preference, Labelled)):
+        checked_prompt(example.prompt)
+        pair = isinstance(example, Preference)
+        for answer in (example.chosen, example.rejected) if pair else (example.completion,):
+            if not answer[-1].content.strip() and not answer[-1].tool_calls:
+                raise Bad("empty_answer", "nothing is left of an answer")
 
 
 def mended(example: Example, kinds: set[str]) -> tuple[Example, set[str]] | str:

@@ -42,7 +42,7 @@ def look(example: Example) -> Iterator[Said]:
         yield from _order(example.messages)
         yield from _tools(example)
     for number, turn in enumerate(turns, start=1):
-        where = f"message {number} ({turn.role})" if turn.role else "the text"
+        where = _where(example, number, turn)
         if turn.role == "system" and not turn.content.strip():
             yield Said("empty_system", "warning", f"{where} is empty", "leave it out, or fill it")
         if turn.role != "tool":  # what a tool returns is what it is
@@ -53,6 +53,14 @@ def look(example: Example) -> Iterator[Said]:
             yield from _answer(turn, where, asked)
         if turn.role in ("user", "assistant") and turn.content != turn.content.strip():
             yield Said("whitespace", "info", f"{where} begins or ends with white space", "strip it")
+
+
+def _where(example: Example, number: int, turn: Message) -> str:
+    if isinstance(example, Text):
+        return "the text"
+    if isinstance(example, Preference) and number > len(example.prompt):
+        return "the chosen answer"
+    return f"message {number} ({turn.role})"
 
 
 # Order of turns ----------------------------------------------------------------------------------------------------

@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from tunelet.data.doctor_rows import TEMPLATE_TOKENS, turns_of
-from tunelet.data.examples import Chat, Example, Finding, Text, Tokens
+from tunelet.data import branches
+from tunelet.data.doctor_corpus import all_turns
+from tunelet.data.doctor_rows import TEMPLATE_TOKENS
+from tunelet.data.examples import Chat, Example, Finding, Labelled, Preference, Text, Tokens
 
 if TYPE_CHECKING:
     from tunelet.data.render import Renderer
@@ -61,19 +63,14 @@ def look(examples: Sequence[Example], renderer: Renderer, max_length: int = 0) -
     ends = None
     special = [token for token in renderer.tokenizer.all_special_tokens if len(token) > 2]
     for index, example in enumerate(examples):
-        if not isinstance(example, (Chat, Text)):
-            continue
         problems: list[Finding] = []
-        made = renderer.chats([example], problems) if isinstance(example, Chat) else renderer.texts([example])
-        out += [(index, problem) for problem in problems]
-        if not made:
+        rows = _rendered(example, renderer, max_length, problems)
+        out += [(index, problem) for problem in dict.fromkeys(problems)]  # both answers of a pair may have one
+        if not rows:
             continue
-        row = made[0]
-        if isinstance(example, Chat) and ends is None:
+        row = rows[0]
+        if not isinstance(example, Text) and ends is None:
             ends = set(renderer.stop_ids)
-        if max_length:
-            lost = truncation(row, cut(row, max_length), max_length)
-            out += [(index, lost)] if lost else []
         if bos is not None and len(row.ids) > 1 and row.ids[0] == row.ids[1] == bos:
             out.append(
                 (
@@ -82,7 +79,7 @@ def look(examples: Sequence[Example], renderer: Renderer, max_length: int = 0) -
                 )
             )
         if unknown is not None and unknown not in (bos, renderer.tokenizer.eos_token_id):
-            count = sum(int(token) == unknown for token in row.ids)
+            count = sum(int(token) == unknown for row in rows for token in row.ids)
             if count:
                 out.append(
                     (
@@ -92,11 +89,11 @@ def look(examples: Sequence[Example], renderer: Renderer, max_length: int = 0) -
                         ),
                     )
                 )
-        literal = next((t for turn in turns_of(example) for t in special if t in turn.content), None)
+        literal = next((t for turn in all_turns(example) for t in special if t in turn.content), None)
         if literal and not TEMPLATE_TOKENS.search(literal):
             message = f"the text holds '{literal}', which the tokenizer makes a control token of"
             out.append((index, Finding("template_tokens", "warning", message, row.origin, "take it out of the text")))
-        if isinstance(example, Chat) and ends and not _stops(row, ends):
+        if not isinstance(example, Text) and ends and not all(_stops(row, ends) for row in rows):
             out.append(
                 (
                     index,
@@ -110,6 +107,22 @@ def look(examples: Sequence[Example], renderer: Renderer, max_length: int = 0) -
                 )
             )
     return out + [(-1, finding) for finding in renderer.findings()]
+
+
+def _rendered(example: Example, renderer: Renderer, max_length: int, problems: list[Finding]) -> list[Tokens]:
+    """What a row is trained on: one sequence, or two of a pair. What that or cutting it does goes to `problems`."""
+    if isinstance(example, Preference):
+        pair = branches.pairs(renderer, [example], problems)
+        lost = branches.cut(pair[0], max_length)[1] if pair and max_length else None
+        made = [pair[0].only(0), pair[0].only(1)] if pair else []
+    else:
+        if isinstance(example, Labelled):
+            prompt = tuple(replace(turn, weight=0.0) for turn in example.prompt)
+            example = Chat((*prompt, *example.completion), example.origin, example.tools)
+        made = renderer.texts([example]) if isinstance(example, Text) else renderer.chats([example], problems)
+        lost = truncation(made[0], cut(made[0], max_length), max_length) if made and max_length else None
+    problems += [lost] if lost else []
+    return made
 
 
 def _stops(row: Tokens, ends: set[int]) -> bool:

@@ -1,29 +1,20 @@
 """Rows become examples: each row's format is detected by itself, converted, or refused with the reason and the fix.
 
-Not for reading files (sources.py) nor for judging content (doctor.py). Data is never rendered: {{name}} stays {{name}}.
+Not for converting one row (from_rows.py), reading files (sources.py) or judging content (doctor.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from tunelet.data import pairs, sources
-from tunelet.data.detect import AFTER, BEFORE, LISTS, SINGLE, TEXTS, Want, detect
-from tunelet.data.examples import Chat, Counts, Example, Finding, Labelled, Message, Origin, Preference, Text
+from tunelet.data.detect import Want, detect
+from tunelet.data.examples import Counts, Example, Finding, Labelled, Origin, Preference, Text
+from tunelet.data.from_rows import FORMATS
 from tunelet.data.pairs import first
-from tunelet.data.shapes import (
-    Bad,
-    checked_chat,
-    checked_prompt,
-    columns_fix,
-    loaded,
-    messages_of,
-    text_of,
-    tools_of,
-    with_system,
-)
+from tunelet.data.shapes import Bad, columns_fix, loaded
 from tunelet.errors import TuneletError, did_you_mean
 
 ROLES = {
@@ -52,147 +43,16 @@ MAIN_ROLES = {"messages", "prompt", "completion", "text", "chosen", "rejected"}
 
 @dataclass(frozen=True)
 class Loaded:
-    """Everything the sources held: `examples` in order, and for each row that gave none an error finding."""
+    """Everything the sources held: `examples` in order, and for each row that gave none a finding of its reason.
+
+    A row that makes several examples (a list of rejected answers, instances, a pair as two verdicts) counts as so many.
+    """
 
     examples: list[Example]
     counts: Counts
     findings: list[Finding]
     formats: dict[str, int]
     sha256: dict[str, str]
-
-
-# Conversion --------------------------------------------------------------------------------------------------------
-
-
-def _system(row: Mapping[str, Any], system: str) -> str:
-    own = first(row, ("system", "system_prompt"))
-    return text_of(row[own], f"'{own}'") if own and row[own] else system
-
-
-def _tools(row: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
-    key = first(row, ("tools", "functions"))
-    return tools_of(row[key]) if key else ()
-
-
-def _chat(row: Mapping[str, Any], turns: tuple[Message, ...], origin: Origin, system: str) -> Chat:
-    thinking = row.get("thinking")
-    if thinking and turns[-1].role == "assistant" and turns[-1].thinking is None:
-        last = turns[-1]
-        turns = (
-            *turns[:-1],
-            Message("assistant", last.content, last.weight, text_of(thinking, "'thinking'"), last.tool_calls),
-        )
-    turns = with_system(turns, _system(row, system))
-    checked_chat(turns)
-    return Chat(turns, origin, _tools(row))
-
-
-def _from_messages(row: Mapping[str, Any], origin: Origin, system: str, name: str) -> Chat:
-    key = first(row, LISTS)
-    if key is None:
-        raise Bad("missing_column", "the row has no list of messages", f"format {name} needs a column 'messages'")
-    return _chat(row, messages_of(row[key]), origin, system)
-
-
-def _from_single(row: Mapping[str, Any], origin: Origin, system: str, name: str) -> Chat:
-    found = next(((p, first(row, a)) for n, p, a in SINGLE if n == name and p in row and first(row, a)), None)
-    if found is None:
-        needs = " or ".join(f"'{p}' and '{a[0]}'" for n, p, a in SINGLE if n == name)
-        raise Bad(
-            "missing_column", f"the row has the columns {', '.join(list(row)[:8])}", f"format {name} needs {needs}"
-        )
-    prompt_key, answer_key = found
-    prompt, answer = row[prompt_key], row[answer_key]
-    turns = _history(row)
-    if isinstance(prompt, list):
-        turns += messages_of(prompt)
-    else:
-        text = text_of(prompt, f"'{prompt_key}'")
-        extra = BEFORE if prompt_key in ("question", "query", "q") else AFTER
-        key = first({k: v for k, v in row.items() if k != prompt_key}, extra)
-        more = row[key] if key else None
-        if isinstance(more, str) and more.strip():
-            text = f"{more}\n\n{text}" if extra is BEFORE else f"{text}\n\n{more}" if text.strip() else more
-        if not text.strip():
-            raise Bad("empty_prompt", f"'{prompt_key}' is empty", "give it content, or remove the row")
-        turns += (Message("user", text),)
-    if isinstance(answer, list) and answer and isinstance(answer[0], dict):
-        turns += messages_of(answer)
-    elif answer is None:
-        raise Bad("no_answer", f"'{answer_key}' is null", "add the answer, or remove the row")
-    else:
-        turns += (Message("assistant", text_of(answer, f"'{answer_key}'")),)
-    return _chat(row, turns, origin, system)
-
-
-def _history(row: Mapping[str, Any]) -> tuple[Message, ...]:
-    """LLaMA-Factory's column of earlier turns: [[asked, answered], ...]."""
-    turns: list[Message] = []
-    history = loaded(row.get("history"))
-    for pair in history if isinstance(history, list) else []:
-        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-            raise Bad("bad_history", "'history' is not a list of pairs", "write [[asked, answered], ...]")
-        turns += [Message("user", text_of(pair[0], "'history'")), Message("assistant", text_of(pair[1], "'history'"))]
-    return tuple(turns)
-
-
-def _from_instances(row: Mapping[str, Any], origin: Origin, system: str, name: str) -> Chat:
-    instances = loaded(row.get("instances"))
-    if not isinstance(instances, list) or not instances or not all(isinstance(item, dict) for item in instances):
-        raise Bad("no_answer", "the row has no instances", 'write instances as [{"input": ..., "output": ...}]')
-    if len(instances) > 1:
-        raise Bad(
-            "several_instances", f"the row has {len(instances)} instances", "formats.load makes an example of each"
-        )
-    one = {
-        "instruction": row.get("instruction"),
-        "output": None,
-        **{str(k).lower(): v for k, v in instances[0].items()},
-    }
-    return _from_single(one, origin, system, "alpaca")
-
-
-def _from_text(row: Mapping[str, Any], origin: Origin, system: str, name: str) -> Text:
-    key = first(row, TEXTS)
-    if key is None:
-        raise Bad(
-            "missing_column", f"the row has the columns {', '.join(list(row)[:8])}", "format text needs a column 'text'"
-        )
-    text = text_of(row[key], f"'{key}'")
-    if not text.strip():
-        raise Bad("empty_text", f"'{key}' is empty", "remove the row")
-    return Text(text, origin)
-
-
-def _from_pair(row: Mapping[str, Any], origin: Origin, system: str, name: str) -> Preference:
-    prompt, chosen, rejected = pairs.preference(dict(row), name)
-    prompt = with_system(prompt, _system(row, system))
-    checked_prompt(prompt)
-    return Preference(prompt, chosen, rejected, origin, _tools(row))
-
-
-def _from_labelled(row: Mapping[str, Any], origin: Origin, system: str, name: str) -> Labelled:
-    prompt, answer, label = pairs.labelled(dict(row))
-    prompt = with_system(prompt, _system(row, system))
-    checked_prompt(prompt)
-    return Labelled(prompt, answer, label, origin, _tools(row))
-
-
-FORMATS: dict[str, Callable[[Mapping[str, Any], Origin, str, str], Example]] = {
-    "messages": _from_messages,
-    "sharegpt": _from_messages,
-    "alpaca": _from_single,
-    "instruction-response": _from_single,
-    "prompt-completion": _from_single,
-    "question-answer": _from_single,
-    "self-instruct": _from_instances,
-    "text": _from_text,
-    "preference": _from_pair,
-    "preference-implicit": _from_pair,
-    "preference-responses": _from_pair,
-    "preference-label": _from_pair,
-    "labelled": _from_labelled,
-}
 
 
 def _refuse_pairs(row: Mapping[str, Any], name: str) -> None:
@@ -203,15 +63,15 @@ def _refuse_pairs(row: Mapping[str, Any], name: str) -> None:
         raise Bad(
             "labelled_row",
             "a row with a verdict on its answer: training on all answers would train on the bad ones too",
-            f"to train on all of them: {mapping}; `tunelet data` reads the verdicts with --want labelled",
+            f"to learn from them: `tunelet train kto` (`tunelet data`: --want labelled); to train on all: {mapping}",
         )
     if name.startswith("preference"):
         better = {"prompt": asked, "completion": good} if asked else {"messages": good}
-        pairs_too = "`tunelet data` reads pairs with --want preference"
+        pairs_too = "to learn from both: `tunelet train dpo` (`tunelet data`: --want preference)"
         raise Bad(
             "preference_row",
             f"the row has a better and a worse answer (format {name}), and a chat has one",
-            f"to train on the better answers: {columns_fix(**better)}; {pairs_too}" if good else pairs_too,
+            f"{pairs_too}; to train on the better answers: {columns_fix(**better)}" if good else pairs_too,
         )
 
 
@@ -223,13 +83,19 @@ def _fit(example: Example, want: Want, name: str) -> None:
             f"a row of the format {name}, and first training takes plain text",
             f"tune on it with `tunelet train sft`, or take one column: {columns_fix(text='NAME')}",
         )
+    if want == "preference" and isinstance(example, Labelled):
+        raise Bad(
+            "not_a_preference",
+            "a row with a verdict on one answer, and a pair has two answers",
+            "to learn from verdicts: `tunelet train kto` (`tunelet data`: --want labelled)",
+        )
     if want == "preference" and not isinstance(example, Preference):
         raise Bad(
             "not_a_preference",
             f"a row of the format {name}, without a better and a worse answer",
             "give prompt, chosen and rejected, or name them: " + columns_fix(chosen="NAME", rejected="NAME"),
         )
-    if want == "labelled" and not isinstance(example, Labelled):
+    if want == "labelled" and not isinstance(example, (Labelled, Preference)):  # a pair is two verdicts
         raise Bad(
             "not_labelled", f"a row of the format {name}, without a verdict", "name it: " + columns_fix(label="NAME")
         )
@@ -267,9 +133,34 @@ def _detected(row: dict[str, Any], want: Want) -> str:
         return detect(row, want)
 
 
-def _convert(
+def _examples(
     value: Any, origin: Origin, want: Want, format: str, columns: Mapping[str, str], system: str
-) -> tuple[str, Example]:
+) -> list[tuple[str, Example | Finding]]:
+    """All examples of one row with their formats; a finding in the place of each that could not be made."""
+    out: list[tuple[str, Example | Finding]] = []
+    try:
+        parts = _parts(_row(value, columns), want)
+    except Bad as bad:
+        return [("", _refused(bad, origin))]
+    for row in parts:
+        try:
+            name, example = _convert(row, origin, want, format, system)
+        except Bad as bad:
+            out.append(("", _refused(bad, origin)))
+            continue
+        if want == "labelled" and isinstance(example, Preference):  # of several rejected answers the chosen one is one
+            out += [(name, each) for each in pairs.verdicts(example) if (name, each) not in out]
+        else:
+            out.append((name, example))
+    return out
+
+
+def _refused(bad: Bad, origin: Origin) -> Finding:
+    return Finding(bad.kind, bad.severity, str(bad), origin, bad.fix)
+
+
+def _row(value: Any, columns: Mapping[str, str]) -> dict[str, Any]:
+    """The row as a dict, its columns in lower case or under the names of their roles."""
     if isinstance(value, str):
         value = {"text": value}
     if not isinstance(value, Mapping):
@@ -279,9 +170,19 @@ def _convert(
             'write {"prompt": ..., "completion": ...}',
         )
     if columns:
-        row = _mapped(dict(value), columns)
-    else:
-        row = {str(key).strip().lower(): cell for key, cell in value.items()}
+        return _mapped(dict(value), columns)
+    return {str(key).strip().lower(): cell for key, cell in value.items()}
+
+
+def _parts(row: dict[str, Any], want: Want) -> list[dict[str, Any]]:
+    """A row with several instances, or several rejected answers, is as many rows; any other row is itself."""
+    instances = loaded(row.get("instances"))
+    if isinstance(instances, list) and len(instances) > 1:
+        return [{**row, "instances": [instance]} for instance in instances]
+    return pairs.one_rejected_each(row) if want in ("preference", "labelled") else [row]
+
+
+def _convert(row: dict[str, Any], origin: Origin, want: Want, format: str, system: str) -> tuple[str, Example]:
     name = _detected(row, want) if format == "auto" else format
     if want == "chat":
         _refuse_pairs(row, name)
@@ -298,18 +199,12 @@ def row_to_example(
     columns: Mapping[str, str] | None = None,
     system: str = "",
 ) -> Example | Finding:
-    """One row as an example of the wanted kind, or the error finding that says why not. Never raises for a row."""
+    """One row as an example of the wanted kind, or the finding that says why not. Never raises for a row."""
     check_options(format, columns or {})
-    return _row_to_example(value, origin, want, format, columns or {}, system)[1]
-
-
-def _row_to_example(
-    value: Any, origin: Origin, want: Want, format: str, columns: Mapping[str, str], system: str
-) -> tuple[str, Example | Finding]:
-    try:
-        return _convert(value, origin, want, format, columns, system)
-    except Bad as bad:
-        return "", Finding(bad.kind, "error", str(bad), origin, bad.fix)
+    made = _examples(value, origin, want, format, columns or {}, system)
+    if len(made) == 1:
+        return made[0][1]
+    return Finding("several_examples", "error", f"the row makes {len(made)} examples", origin, "use formats.load")
 
 
 def check_options(format: str, columns: Mapping[str, str]) -> None:
@@ -328,15 +223,6 @@ def check_options(format: str, columns: Mapping[str, str]) -> None:
             )
 
 
-def _expanded(value: Any) -> Iterator[Any]:
-    """A self-instruct row with several instances is as many rows; any other row is itself."""
-    if isinstance(value, dict) and isinstance(value.get("instances"), list) and len(value["instances"]) > 1:
-        for instance in value["instances"]:
-            yield {**value, "instances": [instance]}
-    else:
-        yield value
-
-
 def load(
     names: list[str],
     *,
@@ -350,7 +236,7 @@ def load(
 ) -> Loaded:
     """All rows of all sources as examples, each row's format found by itself.
 
-    A row that cannot be used is dropped with an error finding that names file and row; the caller may then stop.
+    A row that cannot be used is dropped with a finding that names file and row; the caller may stop at its errors.
     `limit` takes the first rows only; `seed` and `split` say which of the starter's rows are meant.
     Raises TuneletError where a source, the format or a role does not exist.
     """
@@ -362,20 +248,20 @@ def load(
     dropped: dict[str, int] = {}
     formats: dict[str, int] = {}
     hashes: dict[str, str] = {}
-    rows_in = 0
+    rows_in = taken = 0
     for name in names:
-        if limit and rows_in >= limit:
+        if limit and taken >= limit:
             break
-        read = sources.read_rows(name, kind=kind, seed=seed, split=split, limit=limit - rows_in if limit else 0)
+        read = sources.read_rows(name, kind=kind, seed=seed, split=split, limit=limit - taken if limit else 0)
+        taken += len(read.rows) + sum(read.broken.values())
         findings += read.findings
         hashes.update(read.sha256)
         for reason, count in read.broken.items():
             dropped[reason] = dropped.get(reason, 0) + count
             rows_in += count
         for row in read.rows:
-            for value in _expanded(row.value):
+            for found, made in _examples(row.value, row.origin, want, format, columns, system):
                 rows_in += 1
-                found, made = _row_to_example(value, row.origin, want, format, columns, system)
                 if isinstance(made, Finding):
                     findings.append(made)
                     dropped[made.kind] = dropped.get(made.kind, 0) + 1

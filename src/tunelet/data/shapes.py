@@ -28,10 +28,13 @@ THINKING_KEYS = ("reasoning_content", "thinking", "reasoning")
 
 
 class Bad(Exception):
-    """A row that cannot be used: `kind` names the fault, the text says what is wrong, `fix` what to do about it."""
+    """A row that cannot be used: `kind` names the fault, the text says what is wrong, `fix` what to do about it.
 
-    def __init__(self, kind: str, message: str, fix: str = ""):
-        self.kind, self.fix = kind, fix
+    `severity` "warning": nothing is wrong with the row, it only has nothing to train on.
+    """
+
+    def __init__(self, kind: str, message: str, fix: str = "", severity: str = "error"):
+        self.kind, self.fix, self.severity = kind, fix, severity
         super().__init__(message)
 
 

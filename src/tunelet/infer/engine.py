@@ -9,6 +9,7 @@ in fp32, a little less in bf16.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -155,6 +156,9 @@ class TorchEngine:
             max_new_tokens if not self.max_length else min(max_new_tokens, self.max_length - int(n)) for n in lengths
         ]
         cache = make_cache(self.model.config, longest + max_new_tokens)
+        causal = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        # transformers 5.24 calls it cache, and will forget the older name
+        name = "cache" if "cache" in inspect.signature(causal.forward).parameters else "past_key_values"
         sampler = Sampler(sampling, [prompts[index] for index in indices], indices, device)
         alive = list(range(len(indices)))  # row of the cache -> row of `indices`
         here = torch.ones(len(alive), dtype=torch.bool)  # rows of the cache still wanted
@@ -163,9 +167,9 @@ class TorchEngine:
                 input_ids=ids,
                 attention_mask=seen[:, : longest + step],
                 position_ids=positions,
-                past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
+                **{name: cache},
             ).logits[:, -1]
             tokens = sampler.pick(logits.float())
             out: list[tuple[int, int | None, str]] = []
