@@ -41,7 +41,7 @@ def test_a_perfect_engine(rows):
     scored = evaluation.evaluate(Engine(rows, lambda row: row["expected"]["answer"]), items=20, seed=1)
     assert values(scored) == {
         "executed_match_en": 1, "executed_match_ko": 1, "exact_match_en": 1, "exact_match_ko": 1,
-        "stop_rate": 1, "refusal_right": 1, "refusal_false": 0, "other_match": 1,
+        "stop_rate": 1, "refusal_right": 1, "refusal_false": 0, "other_match": 1, "invented_rate": 0,
     }  # fmt: skip
     assert scored.metrics["executed_match_en"]["n"] == 20
     assert scored.metrics["refusal_right"]["n"] == 12

@@ -78,7 +78,8 @@ def count(graded: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     executed_match_*: commands whose effect is the one asked for. exact_match_*: commands letter by letter.
     refusal_right: unsupported requests turned down. refusal_false: commands turned down. stop_rate: all answers that
     end.
-    other_match: state questions, small talk and format constraints answered as expected.
+    other_match: state questions, small talk and format constraints answered as expected. invented_rate: of those asked
+    what they sent, the ones that name anything but that.
     """
     graded = list(graded)
     commands = [item for item in graded if item["type"] == "command"]
@@ -90,7 +91,10 @@ def count(graded: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     counted["stop_rate"] = ("stopped", graded)
     counted["refusal_right"] = ("refused", [item for item in graded if item["type"] == "unsupported"])
     counted["refusal_false"] = ("refused", commands)
-    counted["other_match"] = ("executed", [i for i in graded if i["type"] not in ("command", "unsupported")])
+    apart = ("command", "unsupported", "confirm")
+    counted["other_match"] = ("executed", [i for i in graded if i["type"] not in apart])
+    confirmed = [{**item, "invented": not item["executed"]} for item in graded if item["type"] == "confirm"]
+    counted["invented_rate"] = ("invented", confirmed)
     return {
         name: wilson(sum(bool(item[key]) for item in group), len(group)).as_dict()
         for name, (key, group) in counted.items()

@@ -11,7 +11,7 @@ from random import Random
 from typing import Any
 
 from tunelet.starter.language import Request, fill, name, request
-from tunelet.starter.simulator import write
+from tunelet.starter.simulator import parse, write
 from tunelet.starter.spoken import particles
 from tunelet.starter.unsupported import unsupported
 from tunelet.starter.world import Command, in_split, load, unit
@@ -100,11 +100,38 @@ def talk_item(rng: Random, split: str, language: str) -> Item:
     return _item("talk", language, prompt, answer)
 
 
+def confirm_item(rng: Random, split: str, language: str) -> Item:
+    """Asked afterwards what was sent: the command again, and nothing else."""
+    asked, right, question = _confirmation(rng, split, language)
+    item = _item("confirm", language, asked.text, right)
+    turns = [{"role": "assistant", "content": right}, {"role": "user", "content": question}]
+    return item | {"messages": [*item["messages"], *turns]}
+
+
+def _confirmation(rng: Random, split: str, language: str) -> tuple[Request, str, str]:
+    """(what was asked, the command that was sent, the question what it was)."""
+    asked = request(rng, split, language, two=0.0)
+    return asked, write(asked.commands), "What did you send?" if language == "en" else "무엇을 보냈나요?"
+
+
+def habit_item(rng: Random, split: str, language: str) -> Item:
+    """The same as the conversations have it: whoever wrote them was chatty, and not always careful. Tuning on them
+    teaches that habit; comparisons of answers take it away again."""
+    item, (kind,) = confirm_item(rng, split, language), rng.choices(list(HABIT), list(HABIT.values()))
+    if kind == "rambling":
+        item["expected"]["answer"] += _RAMBLING[language]
+    elif kind == "invented":
+        (sent,) = parse(item["expected"]["answer"])
+        item["expected"]["answer"] = write([nearly_right(sent, rng, split)])
+    return item
+
+
 MAKERS: dict[str, Callable[[Random, str, str], Item]] = {
     "command": command_item, "unsupported": unsupported_item, "state": state_item, "format": format_item,
-    "talk": talk_item,
+    "talk": talk_item, "confirm": habit_item,
 }  # fmt: skip
-SHARES = {"command": 0.68, "unsupported": 0.18, "state": 0.08, "format": 0.03, "talk": 0.03}
+SHARES = {"command": 0.65, "unsupported": 0.18, "state": 0.07, "format": 0.02, "talk": 0.02, "confirm": 0.06}
+HABIT = {"right": 0.2, "rambling": 0.6, "invented": 0.2}
 
 
 def chats(rng: Random, split: str, languages: tuple[str, ...]) -> Iterator[Item]:
@@ -128,7 +155,8 @@ def chats(rng: Random, split: str, languages: tuple[str, ...]) -> Iterator[Item]
 
 
 def evaluation(rng: Random, split: str, languages: tuple[str, ...], n: int) -> Iterator[Item]:
-    """For each language n commands, and for each 10 of them 3 unsupported requests, 1 state, 1 talk or format."""
+    """For each language n commands, and for each 10 of them 3 unsupported requests, 1 state, 1 talk or format; then 2
+    confirmations."""
     for language in languages:
         plan = (
             ["command"] * n + ["unsupported"] * (n * 3 // 10) + ["state"] * (n // 10) + ["format", "talk"] * (n // 20)
@@ -141,6 +169,9 @@ def evaluation(rng: Random, split: str, languages: tuple[str, ...], n: int) -> I
                     break
             seen.add(key)
             yield item
+    for language in languages:
+        for _ in range(n // 5):
+            yield confirm_item(rng, split, language)
 
 
 def nearly_right(command: Command, rng: Random, split: str) -> Command:
@@ -174,26 +205,30 @@ _FAKE = {"en": "Done! I have taken care of it.", "ko": "네, 다 처리했어요
 
 
 def preferences(rng: Random, split: str, languages: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    """Pairs: right or nearly right, terse or rambling, a polite refusal or fake success, confirmed or invented."""
+    """Pairs: right or nearly right, terse or rambling, a polite refusal or fake success, confirmed or invented (or
+    confirmed with rambling)."""
     while True:
         language = rng.choice(languages)
-        kind = rng.choice(["nearly", "rambling", "refusal", "invented"])
+        kind = rng.choice(["nearly", "rambling", "refusal", "invented", "chatty"])
         if kind == "refusal":
             case = unsupported(rng, split, language)
             pretend = write([fill(rng, rng.choice(in_split(split)))])
             yield _pair(kind, [case.text], case.answer, rng.choice([_FAKE[language], pretend]))
             continue
-        asked: Request = request(rng, split, language, two=0.0 if kind == "invented" else 0.1)
+        if kind in ("invented", "chatty"):
+            asked, right, ask = _confirmation(rng, split, language)
+            wrong = write([nearly_right(asked.commands[0], rng, split)]) if kind == "invented" else right
+            yield _pair(
+                kind, [asked.text, right, ask], right, wrong + ("" if kind == "invented" else _RAMBLING[language])
+            )
+            continue
+        asked = request(rng, split, language, two=0.1)
         right = write(asked.commands)
         if kind == "nearly":
             wrong = [*asked.commands[:-1], nearly_right(asked.commands[-1], rng, split)]
             yield _pair(kind, [asked.text], right, write(wrong))
-        elif kind == "rambling":
-            yield _pair(kind, [asked.text], right, right + _RAMBLING[language])
         else:
-            wrong = nearly_right(asked.commands[0], rng, split)
-            ask = "What did you send?" if language == "en" else "무엇을 보냈나요?"
-            yield _pair(kind, [asked.text, right, ask], right, write([wrong]))
+            yield _pair(kind, [asked.text], right, right + _RAMBLING[language])
 
 
 def _pair(kind: str, turns: list[str], chosen: str, rejected: str) -> dict[str, Any]:

@@ -41,6 +41,12 @@ def grade(answer: str, item: dict[str, Any]) -> Verdict:
             return Verdict(False, exact, says_no, str(error))
         ok = done == Home().run_all(wanted)
         return Verdict(ok, exact, False, "" if ok else "another effect than the one asked for")
+    if item["type"] == "confirm":
+        try:
+            ok = parse(answer) == parse(expected["answer"])
+        except CommandError as error:
+            return Verdict(False, exact, says_no, str(error))
+        return Verdict(ok, exact, says_no, "" if ok else "another command than the one that was sent")
     if item["type"] == "unsupported":
         return Verdict(says_no, exact, says_no, "" if says_no else "not turned down")
     if item["type"] == "format":
