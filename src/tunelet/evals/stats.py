@@ -1,16 +1,19 @@
-"""Figures with their 95 % intervals: shares (Wilson), means and ratios (bootstrap with a fixed seed).
+"""Figures with their 95 % intervals: shares (Wilson), means and ratios (bootstrap with a fixed seed); exact tests.
 
-Not for comparing two models item by item. Pure functions of their arguments: the same values give the same interval.
+Not for which items two models share (paired.py). Pure functions of their arguments: the same values give the same
+interval.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import NormalDist
 from typing import Any
 
 CONFIDENCE = 0.95
+POWER = 0.8
 RESAMPLES = 2000
 
 
@@ -48,6 +51,53 @@ def wilson(successes: int, n: int, confidence: float = CONFIDENCE) -> Interval:
 def bootstrap_mean(values: Sequence[float], *, seed: int = 0, confidence: float = CONFIDENCE) -> Interval:
     """Mean with a percentile bootstrap interval (Efron 1979), resampling the values."""
     return bootstrap_ratio(values, [1.0] * len(values), seed=seed, confidence=confidence)
+
+
+def bounded_mean(values: Sequence[float], lowest: float, highest: float, *, seed: int = 0) -> Interval:
+    """Mean of values that lie in [lowest, highest], with a bootstrap interval.
+
+    Where all values are equal a bootstrap sees no doubt at all. The interval is then what others, of which none was
+    seen yet, could make of the mean: as many of them as Wilson's interval of 0 of n allows.
+    """
+    if not values or min(values) < max(values):
+        return bootstrap_mean(values, seed=seed)
+    value, unseen = float(values[0]), wilson(0, len(values)).high
+    return Interval(value, value - unseen * (value - lowest), value + unseen * (highest - value), len(values))
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """Two-sided exact p of McNemar's test (1947): could chance alone split the items that only one of two did right?
+
+    Binomial with probability 1/2 over those items; items that both or neither did right say nothing. 1 without any.
+    """
+    n = only_first + only_second
+    tail = sum(math.comb(n, k) for k in range(min(only_first, only_second) + 1))
+    return min(1.0, 2 * tail / 2**n)  # whole numbers up to here: exact for any n
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """p values corrected so that all tests together err in at most the share asked for (Holm 1979), in their order."""
+    out, largest = [0.0] * len(ps), 0.0
+    for rank, place in enumerate(sorted(range(len(ps)), key=lambda place: ps[place])):
+        largest = max(largest, min(1.0, (len(ps) - rank) * ps[place]))
+        out[place] = largest
+    return out
+
+
+def items_needed(only_first: int, only_second: int, n: int) -> int | None:
+    """How many items a test of McNemar needs to see, in 80 % of all trials at 5 %, a difference of the size that was
+    seen on n items. None where none was seen.
+
+    n = (z(0.975) sqrt(d) + z(0.8) sqrt(d - diff^2))^2 / diff^2, d the share of items that only one did right: Connor,
+    "Sample size for testing differences in proportions for the paired-sample design", Biometrics 43 (1987), 207-211.
+    """
+    discordant, difference = (only_first + only_second) / n, (only_first - only_second) / n
+    if not difference:
+        return None
+    normal = NormalDist()
+    z, power = normal.inv_cdf((1 + CONFIDENCE) / 2), normal.inv_cdf(POWER)
+    root = z * discordant**0.5 + power * (discordant - difference**2) ** 0.5
+    return math.ceil((root / difference) ** 2)
 
 
 def bootstrap_ratio(

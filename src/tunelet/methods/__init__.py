@@ -6,7 +6,7 @@ with sums over the micro-batch's rows of what the log shows (the step divides th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,21 @@ class Totals:
             sum(row.mask[1 : row.sequences[0][1]]) if row.branches else row.trained for row in rows
         )  # the first token is never a target
         return cls(len(rows), sum(row.trained for row in rows), sum(chosen))
+
+
+def by_label(told: Mapping[str, float]) -> dict[str, float]:
+    """Figures that were summed over the rows of one verdict only (KTO) and divided by all rows: means over their own.
+    Those of a verdict that no row has are left out."""
+    share = told.get("labels/chosen")
+    if share is None:
+        return dict(told)
+    shares = {"chosen": share, "rejected": 1 - share}
+    out = {name: value for name, value in told.items() if name.rpartition("/")[2] not in shares}
+    for name, value in told.items():
+        of = shares.get(name.rpartition("/")[2])
+        if of and name != "labels/chosen":
+            out[name] = value / of
+    return out
 
 
 def losses() -> dict[str, Callable[..., tuple[Any, dict[str, float]]]]:

@@ -39,4 +39,4 @@ def loss(model: Any, batch: Batch, totals: Totals, method: MethodSection) -> tup
     told = pairs.told(of, method.beta * of.chosen_mean, method.beta * of.rejected_mean)
     # sums over rows, so that the step's division by rows gives each part's share
     told |= {"nll_loss": float(nll.detach()) * totals.rows, "odds_loss": float(odds.detach()) * totals.rows}
-    return nll + method.beta * odds, told | {"log_odds_ratio": float(ratio.detach().sum())}
+    return nll + method.beta * odds, told | {"log_odds_chosen": float(ratio.detach().sum())}

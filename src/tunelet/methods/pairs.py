@@ -1,6 +1,7 @@
 """What the methods on pairs of answers have in common: log-probabilities of both answers, and what the log shows.
 
-Names are those of TRL's logs (rewards/chosen, rewards/accuracies, ...), so that curves can be laid side by side.
+Names are those of TRL's logs (rewards/chosen, rewards/accuracies, ...), so that curves can be laid side by side; but
+logps/* are means per token here and sums there.
 """
 
 from __future__ import annotations

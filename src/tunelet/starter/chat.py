@@ -130,8 +130,8 @@ MAKERS: dict[str, Callable[[Random, str, str], Item]] = {
     "command": command_item, "unsupported": unsupported_item, "state": state_item, "format": format_item,
     "talk": talk_item, "confirm": habit_item,
 }  # fmt: skip
-SHARES = {"command": 0.65, "unsupported": 0.18, "state": 0.07, "format": 0.02, "talk": 0.02, "confirm": 0.06}
-HABIT = {"right": 0.2, "rambling": 0.6, "invented": 0.2}
+SHARES = {"command": 0.62, "unsupported": 0.18, "state": 0.06, "format": 0.02, "talk": 0.02, "confirm": 0.10}
+HABIT = {"right": 0.1, "rambling": 0.75, "invented": 0.15}
 
 
 def chats(rng: Random, split: str, languages: tuple[str, ...]) -> Iterator[Item]:
@@ -201,15 +201,16 @@ _RAMBLING = {
     "en": " I have taken care of everything for you, and I hope you have a wonderful day in your lovely home!",
     "ko": " 모든 것을 잘 처리해 드렸으니 오늘도 집에서 즐거운 하루 보내시기 바랍니다!",
 }
+PAIRS = {"nearly": 1, "rambling": 1, "refusal": 2, "refused": 1, "invented": 1, "chatty": 1}
 _FAKE = {"en": "Done! I have taken care of it.", "ko": "네, 다 처리했어요!"}
 
 
 def preferences(rng: Random, split: str, languages: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    """Pairs: right or nearly right, terse or rambling, a polite refusal or fake success, confirmed or invented (or
-    confirmed with rambling)."""
+    """Pairs: right or nearly right, terse or rambling, a polite refusal or fake success, done or refused without need,
+    confirmed or invented, confirmed tersely or with rambling."""
     while True:
         language = rng.choice(languages)
-        kind = rng.choice(["nearly", "rambling", "refusal", "invented", "chatty"])
+        (kind,) = rng.choices(list(PAIRS), list(PAIRS.values()))
         if kind == "refusal":
             case = unsupported(rng, split, language)
             pretend = write([fill(rng, rng.choice(in_split(split)))])
@@ -227,6 +228,8 @@ def preferences(rng: Random, split: str, languages: tuple[str, ...]) -> Iterator
         if kind == "nearly":
             wrong = [*asked.commands[:-1], nearly_right(asked.commands[-1], rng, split)]
             yield _pair(kind, [asked.text], right, write(wrong))
+        elif kind == "refused":
+            yield _pair(kind, [asked.text], right, unsupported(rng, split, language).answer)
         else:
             yield _pair(kind, [asked.text], right, right + _RAMBLING[language])
 

@@ -17,8 +17,8 @@ LORA_FACTOR, LORA_CEILING = 10, 2e-3
 # alignment-handbook tunes SmolLM2-135M to 1.7B with DPO at 1e-6; zephyr-7b-orpo at 5e-6, 135M to 360M take more. Under
 # 50M: trials on the starter (docs/notebook.md). ORPO is also the supervised tuning, so that it takes more than DPO.
 PREFERENCE_RATES = {
-    "dpo": ((50e6, 2e-5), (float("inf"), 1e-6)),
-    "kto": ((50e6, 2e-5), (float("inf"), 1e-6)),
+    "dpo": ((50e6, 3e-5), (float("inf"), 1e-6)),
+    "kto": ((50e6, 3e-5), (float("inf"), 1e-6)),
     "simpo": ((50e6, 1e-5), (float("inf"), 1e-6)),
     "orpo": ((50e6, 1e-3), (500e6, 5e-5), (float("inf"), 8e-6)),
 }

@@ -43,8 +43,10 @@ RATES: dict[str, Range] = {
     ),
 }
 LORA_TIMES = 10
-# Known-good rates were found on models of 135M to 7B parameters. Under 50M: trials on the starter (docs/notebook.md).
-SMALL, SMALL_TIMES = 50e6, 8
+# Those were found on models of 135M to 7B parameters. Under 50M the upper ends are of trials on the starter.
+SMALL = 50e6
+SMALL_HIGH = {"dpo": 4e-5, "simpo": 2e-5, "kto": 4e-5, "orpo": 2e-3}
+SMALL_SOURCE = "trials on the 5M starter, docs/notebook.md"
 BETAS: dict[str, Range] = {
     "dpo": Range(0.01, 1.0, "Rafailov et al. 2023 (arXiv:2305.18290): 0.1 to 0.5; zephyr-7b at 0.01, SmolLM2 at 0.5"),
     "ipo": Range(0.01, 1.0, "Azar et al. 2023 (arXiv:2310.12036): 0.1 to 1; TRL's default 0.1"),
@@ -60,8 +62,9 @@ def rates(method: str, adapter: str, parameters: int) -> Range | None:
     if method not in RATES:
         return None
     known = RATES[method]
-    times = (LORA_TIMES if adapter != "none" else 1) * (SMALL_TIMES if parameters < SMALL else 1)
-    return Range(known.low, known.high * times, known.source)
+    if parameters < SMALL:
+        known = Range(known.low, SMALL_HIGH[method], SMALL_SOURCE)
+    return Range(known.low, known.high * (LORA_TIMES if adapter != "none" else 1), known.source)
 
 
 def before(recipe: Recipe, parameters: int) -> list[Remark]:
@@ -121,7 +124,8 @@ def judge(recipe: Recipe, first: Mapping[str, float], now: Mapping[str, float]) 
 
     never = float("inf")
     if name != "orpo":  # which tunes a base model on the answers too: it is meant to go far from it
-        fallen = _chosen(first) - _chosen(now)
+        name_of = "held_out/logps/chosen"
+        fallen = first.get(name_of, 0.0) - now.get(name_of, 0.0)
         wider = now.get("held_out/rewards/margins", never) > first.get("held_out/rewards/margins", -never)
         if wider:
             rule(
@@ -185,8 +189,3 @@ def judge(recipe: Recipe, first: Mapping[str, float], now: Mapping[str, float]) 
             else "pairs of more equal length",
         )
     return out
-
-
-def _chosen(told: Mapping[str, float]) -> float:
-    """Mean log-probability of the better answers, per token."""
-    return told["held_out/logps/chosen"] / (told.get("held_out/labels/chosen", 1.0) or 1.0)

@@ -19,6 +19,7 @@ from typing import Any
 from tunelet.data import pack
 from tunelet.data.examples import Tokens
 from tunelet.errors import TuneletError
+from tunelet.methods import by_label
 from tunelet.models import device
 from tunelet.recipe import PREFERENCE, REFERENCED, Recipe
 from tunelet.runs.record import Run
@@ -153,7 +154,9 @@ def train(
         """Log the held-out loss, and what is said of it; False when early stopping or the guard says enough."""
         optimizer.settle()
         now.held_out_loss, told = stepper.held_out(eval_rows)
-        told = {f"held_out/{name}": value for name, value in told.items()} | (watch.look(model) if watch else {})
+        told = {f"held_out/{name}": value for name, value in by_label(told).items()} | (
+            watch.look(model) if watch else {}
+        )
         optimizer.refresh()
         remarks = watch.judge(now.step, told) if watch else []
         if run:
@@ -252,7 +255,7 @@ def _log_row(now: Progress, done: step.Done, choice: device.Choice) -> dict[str,
     return {
         "step": now.step,
         "loss": now.window_loss / now.window_weight,
-        **{name: value / now.window_weight for name, value in now.window_told.items()},
+        **by_label({name: value / now.window_weight for name, value in now.window_told.items()}),
         "learning_rate": done.learning_rate,
         "grad_norm": done.norm,
         "tokens": now.tokens,
