@@ -33,8 +33,9 @@ MAY: dict[str, set[str]] = {
     "evals": BOTTOM | {"data", "models", "methods", "infer", "runs"},
     "train": BOTTOM | {"data", "models", "methods", "infer", "evals", "runs", "machine"},
     "machine": BOTTOM | {"models", "runs"},
-    "align": BOTTOM | {"data", "models", "methods", "infer", "evals", "train", "runs"},
-    "commands": BOTTOM | {"data", "models", "methods", "infer", "evals", "train", "runs", "align", "machine"},
+    "stages": {"errors", "recipe", "recipe_io", "runs"},
+    "align": BOTTOM | {"stages", "data", "models", "methods", "infer", "evals", "train", "runs"},
+    "commands": BOTTOM | {"stages", "data", "models", "methods", "infer", "evals", "train", "runs", "align", "machine"},
     "cli": BOTTOM | {"commands"},
     "__main__": {"cli"},
 }

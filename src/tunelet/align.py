@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tunelet import stages
 from tunelet.errors import TuneletError
+from tunelet.evals import preference
 from tunelet.recipe import Recipe
 from tunelet.runs import record, report
 from tunelet.runs.record import Run
@@ -24,6 +27,7 @@ from tunelet.train.progress import duration
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from tunelet.data.examples import Example, Tokens
     from tunelet.train.prepare import Prepared
 
 SUMMARY = "summary.json"
@@ -38,6 +42,9 @@ METRICS = {
     "other_match": "other requests answered right",
     "refusal_right": "unsupported requests refused",
     "refusal_false": "supported requests refused",
+    "invented_rate": "confirmations invented or rambling",
+    "preference_accuracy": "better answers found more probable",
+    "preference_accuracy_per_token": "the same, per token",
     "stop_rate": "answers that end",
     "held_out_loss": "held-out loss (nats per token)",
 }
@@ -57,12 +64,24 @@ def align(
 
         console = Console()
     out = Path(out)
-    recipe, origins = training.resolve(recipe, origins or {})
+    todo = stages.of(recipe, origins or {}, out)
     if not record.is_run(out) or Run.open(out).status != "finished":
-        checking = _telling(console, "Checking all rows")
-        with training.opened(recipe, out, origins, checking) as (run, prepared):
-            _stages(run, recipe, prepared, console)
-    record.check_folder(out, recipe)
+        later = _later(todo, console)
+        held = Held()
+        for number, stage in enumerate(todo, 1):
+            if len(todo) > 1:
+                told = f"Stage {number} of {len(todo)}: {stage.recipe.method.name}"
+                console.print(told, style="bold", markup=False, highlight=False)
+            made, where = training.resolve(stage.recipe, stage.origins)
+            if number < len(todo) and record.is_run(stage.folder) and Run.open(stage.folder).status == "finished":
+                record.check_folder(stage.folder, made)
+                held = held.joined(_prepared(made), *later)
+                continue
+            checking = _telling(console, "Checking all rows")
+            with training.opened(made, stage.folder, where, checking) as (run, prepared):
+                held = held.joined(prepared, *later)
+                _steps(run, made, prepared, held, [before.folder for before in todo[: number - 1]], console)
+    record.check_folder(out, training.resolve(todo[-1].recipe, todo[-1].origins)[0])
     run = Run.open(out)
     summary = run.read_json(SUMMARY)
     if summary is None:
@@ -78,17 +97,72 @@ def align(
     return summary
 
 
-def _stages(run: Run, recipe: Recipe, prepared: Prepared, console: Console) -> None:
+@dataclass(frozen=True)
+class Held:
+    """What models are measured on, the same at every stage: held-out rows of the first stage that has answers to learn,
+    pairs of the first that compares some, and the examples behind both."""
+
+    rows: tuple[Tokens, ...] = ()
+    pairs: tuple[Tokens, ...] = ()
+    examples: tuple[Example, ...] = ()
+    starter: bool = False
+
+    def joined(self, *stages_: Prepared) -> Held:
+        """With what further stages have beside."""
+        out = self
+        for prepared in stages_:
+            rows, pairs = tuple(prepared.eval_rows), ()
+            if rows and rows[0].branches:
+                pairs = rows if prepared.paired else ()
+                rows = tuple(row.only(0) for row in rows if row.label)
+            out = Held(
+                out.rows or rows,
+                out.pairs or pairs,
+                out.examples or tuple(prepared.eval_examples),
+                out.starter or prepared.starter,
+            )
+        return out
+
+
+def _later(todo: Sequence[stages.Stage], console: Console) -> list[Prepared]:
+    """The data of the stages after the first, checked before hours of training are spent on that. Raises TuneletError.
+
+    [] where the first one's tokenizer is yet to be trained.
+    """
+    path = todo[0].recipe.model.path
+    if len(todo) == 1 or not path:
+        return []
+    out = []
+    with _telling(console, "Checking the rows of all stages"):
+        for stage in todo[1:]:
+            recipe = stage.recipe.model_copy(deep=True)
+            recipe.model.path = path
+            out.append(_prepared(recipe))
+    return out
+
+
+def _prepared(recipe: Recipe) -> Prepared:
+    from tunelet.train.prepare import prepare
+
+    return prepare(recipe)
+
+
+def _steps(run: Run, recipe: Recipe, prepared: Prepared, held: Held, before: Sequence[Path], console: Console) -> None:
+    """One stage. before: the runs it goes on from; what the last of them measured is not measured again."""
     from tunelet.models import device, load
 
     choice = training.choose(recipe, run, console)
     recipe = training.settle(recipe, run, prepared, choice, console)
     model = None
-    if recipe.model.path and run.read_json("eval/before.json") is None:
+    if before and run.read_json("eval/before.json") is None:
+        last = Run.open(before[-1])
+        run.write_text("eval/before.jsonl", (last.folder / "eval/after.jsonl").read_text(encoding="utf-8"))
+        run.write_json("eval/before.json", last.read_json("eval/after.json"))
+    elif recipe.model.path and run.read_json("eval/before.json") is None:
         with energy.metered(run, "before", choice.device):
             # with a new adapter this is still the model as it was: adapters begin as an addition of zero
             model = training.load_for_training(recipe, prepared, choice)
-            _evaluate(run, "before", model, recipe, prepared, console)
+            _evaluate(run, "before", model, recipe, prepared, held, console)
     if run.read_json(TRAINING) is None:
         trained = training.train_and_save(recipe, run, prepared, model, choice, console)
         run.write_json(TRAINING, training.figures(trained))
@@ -97,22 +171,27 @@ def _stages(run: Run, recipe: Recipe, prepared: Prepared, console: Console) -> N
         with energy.metered(run, "after", choice.device):
             # from the disk: what is measured is what was saved
             tuned = load.load_model(run.folder, choice, trust_remote_code=recipe.model.trust_remote_code)
-            _evaluate(run, "after", tuned, recipe, prepared, console)
-    _finish(run, device.peak_mb(choice.device))
+            _evaluate(run, "after", tuned, recipe, prepared, held, console)
+    _finish(run, before, device.peak_mb(choice.device))
 
 
-def _finish(run: Run, peak_mb: float | None) -> None:
-    before, after = (run.read_json(f"eval/{name}.json", {}).get("metrics", {}) for name in ("before", "after"))
-    spent = run.read_json("energy.json")
-    peaks = [peak for peak in (peak_mb, *(row.get("peak_mb") for row in run.log_rows())) if peak]
+def _finish(run: Run, before: Sequence[Path], peak_mb: float | None) -> None:
+    runs = [*map(Run.open, before), run]
+    metrics = [
+        [one.read_json(f"eval/{name}.json", {}).get("metrics", {}) for name in ("before", "after")] for one in runs
+    ]
+    tuned = [after for one, (_, after) in zip(runs, metrics, strict=True) if one.recipe().method.name == "sft"]
+    spent = [one.read_json("energy.json") for one in runs]
+    peaks = [peak for peak in (peak_mb, *(row.get("peak_mb") for one in runs for row in one.log_rows())) if peak]
     summary = {
-        "before": before,
-        "after_sft": after,
-        "after": after,
-        "seconds": spent["seconds"],
+        "before": metrics[0][0],
+        "after_sft": tuned[0] if tuned else metrics[0][1],
+        "after": metrics[-1][1],
+        "seconds": sum(one["seconds"] for one in spent),
         "peak_mb": max(peaks) if peaks else None,
-        "energy_wh": spent["energy_wh"],
-        "energy_kind": spent["kind"],
+        "energy_wh": sum(one["energy_wh"] for one in spent),
+        "energy_kind": "measured" if all(one["kind"] == "measured" for one in spent) else "estimated",
+        "stages": [one.recipe().method.name for one in runs],
         "run": str(run.folder),
         "report": str(run.folder / report.NAME),
     }
@@ -124,12 +203,9 @@ def _finish(run: Run, peak_mb: float | None) -> None:
 # -- evaluating -------------------------------------------------------------------------------------------------------
 
 
-def is_starter(recipe: Recipe) -> bool:
-    """Whether the starter's graded items apply: something of it is trained on or held out, as conversations."""
-    return recipe.method.name != "pretrain" and "starter" in (*recipe.data.train, *recipe.data.eval)
-
-
-def _evaluate(run: Run, name: str, model: Any, recipe: Recipe, prepared: Prepared, console: Console) -> None:
+def _evaluate(
+    run: Run, name: str, model: Any, recipe: Recipe, prepared: Prepared, held: Held, console: Console
+) -> None:
     """Write eval/NAME.jsonl (every answer) and then eval/NAME.json (the metrics), which says that it is done."""
     from tunelet.evals import held_out
     from tunelet.evals import starter as starter_items
@@ -142,7 +218,7 @@ def _evaluate(run: Run, name: str, model: Any, recipe: Recipe, prepared: Prepare
     metrics: dict[str, Any] = {}
     answers: list[dict[str, Any]] = []
     what = "Before tuning" if name == "before" else "After tuning"
-    if is_starter(recipe):
+    if held.starter:
         with _answering(console, f"{what}: answering held-out requests") as progress:
             scored = starter_items.evaluate(engine, items=recipe.eval.items, progress=progress, **options)
         metrics |= scored.metrics
@@ -150,7 +226,7 @@ def _evaluate(run: Run, name: str, model: Any, recipe: Recipe, prepared: Prepare
     with _answering(console, f"{what}: answering prompts") as progress:
         asked = held_out.answers(
             engine,
-            prepared.eval_examples,
+            held.examples,
             prompts=recipe.eval.prompts if recipe.method.name != "pretrain" else (),
             rows=0 if answers else ANSWERED_ROWS,
             progress=progress,
@@ -159,9 +235,11 @@ def _evaluate(run: Run, name: str, model: Any, recipe: Recipe, prepared: Prepare
     rate = None if answers else held_out.stop_rate(asked)
     if rate:
         metrics["stop_rate"] = rate
-    loss = held_out.held_out_loss(model, prepared.eval_rows) if prepared.eval_rows else None
+    loss = held_out.held_out_loss(model, held.rows) if held.rows else None
     if loss:
         metrics["held_out_loss"] = loss
+    if held.pairs:
+        metrics |= preference.accuracy(model, held.pairs)
     run.write_jsonl(f"eval/{name}.jsonl", [*answers, *asked])
     seconds = round(time.monotonic() - started, 3)
     run.write_json(f"eval/{name}.json", {"metrics": metrics, "answers": len(answers) + len(asked), "seconds": seconds})
@@ -193,11 +271,12 @@ def show(summary: Mapping[str, Any], run: Run, console: Console) -> None:
     from rich.table import Table
 
     table = Table(title=f"Before and after: {run.recipe().name}", title_justify="left")
-    for column, justify in (("", "left"), ("before", "right"), ("after", "right"), ("items", "right")):
-        table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
-    known = [name for name in METRICS if name in summary["before"] or name in summary["after"]]
+    sides = ["before", "after_sft", "after"] if len(summary.get("stages", [])) > 1 else ["before", "after"]
+    for column in ("", *(side.replace("_sft", " SFT") for side in sides), "items"):
+        table.add_column(column, justify="left" if not column else "right", overflow="fold")
+    known = [name for name in METRICS if any(name in summary[side] for side in sides)]
     for name in known:
-        cells = [_cell(name, summary[side].get(name)) for side in ("before", "after")]
+        cells = [_cell(name, summary[side].get(name)) for side in sides]
         figure = summary["after"].get(name) or summary["before"][name]
         table.add_row(METRICS[name], *cells, str(figure["n"]))
     console.print(table)

@@ -199,6 +199,10 @@ class EvalSection(Section):
 
 class Recipe(Section):
     name: str = Field("run", description="what the report calls the run")
+    then: Strings = Field(
+        default_factory=list,
+        description="align: recipes that go on from the result, in turn: files beside this one, or shipped ones",
+    )
     # `method = "dpo"` is short for `[method] name = "dpo"`
     method: Annotated[
         MethodSection, BeforeValidator(lambda value: {"name": value} if isinstance(value, str) else value)

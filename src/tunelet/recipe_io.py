@@ -89,6 +89,9 @@ def load(
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
         raise _explain(error, wheres, shown) from None
+    if path is not None and origins["then"].startswith("recipe"):
+        beside = find(path).parent
+        recipe.then = [str(beside / name) if (beside / name).is_file() else name for name in recipe.then]
     _check(recipe, wheres, shown)
     return Loaded(recipe, origins)
 

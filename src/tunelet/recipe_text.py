@@ -33,6 +33,20 @@ def resolved(recipe: Recipe, origins: Mapping[str, str]) -> str:
     return "\n".join(lines).lstrip("\n") + "\n"
 
 
+def asked_toml(recipe: Recipe, origins: Mapping[str, str]) -> str:
+    """Only what was asked for (by recipe, flag or --set), as a recipe."""
+    lines, section, defaults = [], "", values(Recipe())
+    for key, value in values(recipe).items():
+        if origins.get(key, "default") == "default" and value == defaults[key]:
+            continue
+        head, _, leaf = key.rpartition(".")
+        if head != section:
+            section = head
+            lines += ["", f"[{section}]"]
+        lines.append(f"{leaf} = {inline(value)}")
+    return "\n".join(lines).lstrip("\n") + "\n"
+
+
 def commented(given: Mapping[str, Any]) -> str:
     """A starting recipe: the `given` dotted keys set, every other key commented out, with default and meaning."""
     lines = [

@@ -150,29 +150,28 @@ def choose_out(out: Path | None, recipe: Recipe, console: Console) -> Path:
 
     An unfinished run of the same recipe is taken up again, so that the same command after a crash goes on.
     """
+    from tunelet import stages
     from tunelet.runs import record
 
     if out is None:
         out = free_folder(recipe)
-    if not record.is_run(out):
+    if (run := stages.unfinished(recipe, out)) is not None:
+        console.print(f"Going on with the {run.status} run in {run.folder}", style="bold", markup=False)
+    elif not record.is_run(out):
         console.print(f"Run folder: {out}", markup=False)
-    elif (run := record.Run.open(out)).status != "finished" and not run.differences(recipe):
-        console.print(f"Going on with the {run.status} run in {out}", style="bold", markup=False)
     return out
 
 
 def free_folder(recipe: Recipe) -> Path:
-    from tunelet.runs import record
+    from tunelet import stages
 
     base = Path("runs") / (recipe.name if recipe.name != "run" else recipe.method.name)
     for number in range(1, 10_000):
         folder = base if number == 1 else base.with_name(f"{base.name}-{number}")
         if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
             return folder
-        if record.is_run(folder):
-            run = record.Run.open(folder)
-            if run.status != "finished" and not run.differences(recipe):
-                return folder
+        if stages.unfinished(recipe, folder) is not None:
+            return folder
     raise TuneletError(f"{base}: 10,000 folders of that name are taken", fix="choose one with --out")
 
 

@@ -111,6 +111,9 @@ def _first(
             fix=f"the methods are {', '.join(METHODS)}",
         )
     loaded = load_recipe(recipe, sets, {"METHOD": ("method.name", method), **flags_of(model, data, columns, adapter)})
+    if loaded.recipe.then:
+        console.print(f"Only {recipe} is trained: what it names in `then` is for tunelet align.", markup=False)
+        loaded.recipe.then = []
     folder = choose_out(out, loaded.recipe, console)
     _train(loaded.recipe, folder, loaded.origins, console, json_to)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tunelet.data.examples import Chat, Example, Message, Text, Tokens
+from tunelet.data.examples import Chat, Example, Labelled, Message, Preference, Text, Tokens
 from tunelet.evals.stats import bootstrap_ratio, wilson
 
 if TYPE_CHECKING:
@@ -85,6 +85,10 @@ def prompt_of(example: Example, renderer: Any) -> tuple[list[int], list[dict[str
         asked = example.messages[:last]
         ids = renderer.prompt(asked, example.tools)
         return ids, [message.as_dict() for message in asked], example.messages[last].content
+    if isinstance(example, Preference | Labelled):
+        answer = example.chosen if isinstance(example, Preference) else example.completion
+        shown = [message.as_dict() for message in example.prompt]
+        return renderer.prompt(example.prompt, example.tools), shown, answer[-1].content
     if isinstance(example, Text):
         whole = list(renderer.text(example).ids)
         ids = whole[: min(TEXT_PROMPT, len(whole) // 2)]

@@ -15,9 +15,7 @@ from tunelet.evals.stats import wilson
 Scores = tuple[tuple[float, int], tuple[float, int]]
 
 
-def scores(
-    model: Any, rows: Sequence[Tokens], *, progress: Callable[[int, int], None] | None = None
-) -> list[Scores]:
+def scores(model: Any, rows: Sequence[Tokens], *, progress: Callable[[int, int], None] | None = None) -> list[Scores]:
     """For each row ((log-probability of the chosen answer, in nats, its tokens), (the same of the rejected one)).
 
     rows: of data/branches.py `pairs`. The prompt is read once for both answers.

@@ -24,13 +24,14 @@ from pydantic import ValidationError
 from tunelet.errors import TuneletError
 from tunelet.recipe import Recipe
 from tunelet.recipe_io import values
-from tunelet.recipe_text import inline, resolved
+from tunelet.recipe_text import asked_toml, resolved
 from tunelet.runs.environment import environment
 from tunelet.runs.files import LOCK, TEMPORARY, disk, finite, sync, write_atomically
 
 RESOLVED = "resolved.toml"  # written first: a folder that holds it is a run
 LOG = "log.jsonl"
 PLAN_KEYS = ("seconds", "peak_mb", "disk_mb", "energy_wh")
+STAGES = "stages"  # runs that this one goes on from, made by the same call (stages.py)
 MODEL_FOLDERS = ("model", "adapter")
 
 
@@ -327,8 +328,10 @@ class Run:
             (self.folder / "FAILED.json").unlink(missing_ok=True)
 
     def disk_mb(self) -> float:
-        """What the run takes on the disk, in MB (10^6 bytes)."""
-        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file()) / 1e6
+        """What the run takes on the disk, in MB (10^6 bytes), without the stages before it."""
+        before = self.folder / STAGES
+        files = (path for path in self.folder.rglob("*") if path.is_file() and before not in path.parents)
+        return sum(path.stat().st_size for path in files) / 1e6
 
 
 # -- helpers ----------------------------------------------------------------------------------------------------------
@@ -356,20 +359,6 @@ def check_folder(out: Path | str, recipe: Recipe) -> None:
         )
 
 
-def asked_toml(recipe: Recipe, origins: Mapping[str, str]) -> str:
-    """Only what was asked for (by recipe, flag or --set), as a recipe."""
-    lines, section, defaults = [], "", values(Recipe())
-    for key, value in values(recipe).items():
-        if origins.get(key, "default") == "default" and value == defaults[key]:
-            continue
-        head, _, leaf = key.rpartition(".")
-        if head != section:
-            section = head
-            lines += ["", f"[{section}]"]
-        lines.append(f"{leaf} = {inline(value)}")
-    return "\n".join(lines).lstrip("\n") + "\n"
-
-
 def must_be_free(out: Path) -> None:
     """Raises TuneletError where a new run could not be made in `out`."""
     if is_run(out):
@@ -385,7 +374,7 @@ def must_be_free(out: Path) -> None:
         )
     with disk(out):
         names = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
-    others = [name for name in names if name != LOCK and not name.startswith(TEMPORARY)]
+    others = [name for name in names if name not in (LOCK, STAGES) and not name.startswith(TEMPORARY)]
     if others:
         raise TuneletError(
             f"{out} exists, is not a run, and is not empty.",

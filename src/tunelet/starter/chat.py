@@ -201,7 +201,7 @@ _RAMBLING = {
     "en": " I have taken care of everything for you, and I hope you have a wonderful day in your lovely home!",
     "ko": " 모든 것을 잘 처리해 드렸으니 오늘도 집에서 즐거운 하루 보내시기 바랍니다!",
 }
-PAIRS = {"nearly": 1, "rambling": 1, "refusal": 2, "refused": 1, "invented": 1, "chatty": 1}
+PAIRS = {"nearly": 1, "rambling": 1, "refusal": 1.25, "refused": 1, "invented": 1, "chatty": 1}
 _FAKE = {"en": "Done! I have taken care of it.", "ko": "네, 다 처리했어요!"}
 
 

@@ -41,6 +41,12 @@ class Prepared:
     findings: list[Finding]
     train_examples: list[Example]
     eval_examples: list[Example]
+    starter: bool  # something of the starter is trained on or held out, as conversations: its graded items apply
+
+    @property
+    def paired(self) -> bool:
+        """Whether rows are pairs of answers."""
+        return bool(self.eval_examples) and isinstance(self.eval_examples[0], Preference)
 
 
 def prepare(recipe: Recipe, folder: Path | None = None) -> Prepared:
@@ -94,7 +100,8 @@ def prepare(recipe: Recipe, folder: Path | None = None) -> Prepared:
             for f in sorted(findings, key=lambda f: listing.SEVERITIES.index(f.severity))[:KEPT]
         ],
     }
-    return Prepared(tokenizer, renderer, train_rows, eval_rows, report, findings, examples, eval_examples)
+    starter = not pretrain and "starter" in (*data.train, *data.eval)
+    return Prepared(tokenizer, renderer, train_rows, eval_rows, report, findings, examples, eval_examples, starter)
 
 
 # Reading and holding out -------------------------------------------------------------------------------------------
