@@ -6,6 +6,7 @@ Not a second training path: what is timed is train/step.py, as train/loop.py cal
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,7 +26,7 @@ def recipe(spec: Mapping[str, Any]) -> Any:
         "model.threads": spec["threads"],
         "train.batch_size": spec["batch_size"],
         "train.seed": spec["seed"],
-        "train.learning_rate": 2e-5,
+        "train.learning_rate": 1e-6 if spec["method"] == "dpo" else 2e-5,
         "train.schedule": "constant",
         "train.warmup": 0.0,
     }
@@ -38,10 +39,46 @@ def sft(
     spec: dict[str, Any], warm: Sequence[rows_.Row], timed: Sequence[rows_.Row], tell: Callable[[str], None]
 ) -> tuple[Reading, dict[str, Any]]:
     """Trains on `warm`, then on `timed`; the reading is of the latter. spec: see worker.py."""
-    from tunelet.data import pack
     from tunelet.data.examples import Origin, Tokens
+
+    def tokens(row: rows_.Row) -> Tokens:
+        mask = (False,) * row.prompt + (True,) * (len(row.ids) - row.prompt)
+        return Tokens(row.ids, mask, ((0, len(row.ids), "text"),), Origin("benchmark", 1))
+
+    return _train(spec, warm, timed, tell, tokens)
+
+
+def dpo(
+    spec: dict[str, Any], warm: Sequence[rows_.Row], timed: Sequence[rows_.Row], tell: Callable[[str], None]
+) -> tuple[Reading, dict[str, Any]]:
+    """The same on preferences, with the reference pass. "tunelet-unshared": the answers share one token only."""
+    from tunelet.data.examples import Origin, Tokens
+
+    def tokens(row: rows_.Row) -> Tokens:
+        shared = 1 if spec["contestant"] == "tunelet-unshared" else row.prompt
+        prompt, own = row.ids[:shared], row.ids[shared : row.prompt]
+        first, second = own + row.ids[row.prompt :], own + row.rejected
+        mask = (False,) * shared
+        for answer in (first, second):
+            mask += (False,) * len(own) + (True,) * (len(answer) - len(own))
+        ids = prompt + first + second
+        return Tokens(
+            ids, mask, ((0, len(ids), "text"),), Origin("benchmark", 1), branches=(shared, shared + len(first))
+        )
+
+    return _train(spec, warm, timed, tell, tokens)
+
+
+def _train(
+    spec: dict[str, Any],
+    warm: Sequence[rows_.Row],
+    timed: Sequence[rows_.Row],
+    tell: Callable[[str], None],
+    tokens_of: Callable[[rows_.Row], Any],
+) -> tuple[Reading, dict[str, Any]]:
+    from tunelet.data import pack
     from tunelet.models import device
-    from tunelet.train import step
+    from tunelet.train import reference, step
     from tunelet.train.run import load_for_training
 
     asked = recipe(spec)
@@ -51,14 +88,13 @@ def sft(
     model.train()
     stepper = step.Stepper(model, step.optimizer_for(model, asked.train), asked, choice.device)
 
-    def tokens(row: rows_.Row) -> Tokens:
-        mask = (False,) * row.prompt + (True,) * (len(row.ids) - row.prompt)
-        return Tokens(row.ids, mask, ((0, len(row.ids), "text"),), Origin("benchmark", 1))
-
     losses: list[float] = []
 
     def run(rows: Sequence[rows_.Row], first: int) -> None:
-        made, total = [tokens(row) for row in rows], (len(warm) + len(timed)) // spec["batch_size"]
+        made, total = [tokens_of(row) for row in rows], (len(warm) + len(timed)) // spec["batch_size"]
+        if spec["method"] == "dpo":  # the reference pass counts; nothing comes from a cache
+            found = reference.compute(model, made, choice.device)
+            made = [replace(row, reference=tuple(of)) for row, of in zip(made, found, strict=True)]
         order = pack.batches([len(row.ids) for row in made], spec["batch_size"], spec["seed"], 0)
         for number, members in enumerate(order, first):
             done = stepper([made[i] for i in members], number, total)

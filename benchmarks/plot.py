@@ -11,7 +11,7 @@ from benchmarks import report
 from benchmarks.process import show
 from tunelet.errors import TuneletError
 
-COLOURS = {"tunelet": "#0b6e4f", "trl-default": "#9aa5b1", "trl-best": "#5b6b7b"}
+COLOURS = {"tunelet": "#0b6e4f", "tunelet-unshared": "#7fb8a4", "trl-default": "#9aa5b1", "trl-best": "#5b6b7b"}
 SMALL = {"dpi": 110, "bbox_inches": "tight", "metadata": {"Software": None}}
 
 

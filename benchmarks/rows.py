@@ -16,9 +16,11 @@ from typing import Any
 # Lengths are log-normal, cut to [least, most]. trained: share of a row's tokens that are targets, uniform in
 # [mean - 0.15, mean + 0.15]; they are the last ones, the answer.
 #   long:  instruction data with long prompts: 157-579 tokens, mean about 270, 65 % trained
+#   prompt: of preferences, long prompts and short answers: about 500 and 125 tokens
 #   short: questions and commands: 20-120 tokens, mean about 55, 65 % trained
 KINDS: dict[str, dict[str, Any]] = {
     "long": {"median": 255, "sigma": 0.35, "least": 157, "most": 579, "trained": 0.65},
+    "prompt": {"median": 625, "sigma": 0.1, "least": 500, "most": 750, "trained": 0.2, "spread": 0.04},
     "short": {"median": 50, "sigma": 0.45, "least": 20, "most": 120, "trained": 0.65},
 }
 
@@ -48,7 +50,8 @@ def make(kind: str, count: int, seed: int, vocabulary: int, preferences: bool = 
         length = 0
         while not spec["least"] <= length <= spec["most"]:
             length = round(spec["median"] * rng.lognormvariate(0.0, spec["sigma"]))
-        trained = rng.uniform(spec["trained"] - 0.15, spec["trained"] + 0.15)
+        spread = spec.get("spread", 0.15)
+        trained = rng.uniform(spec["trained"] - spread, spec["trained"] + spread)
         ids = tuple(rng.randrange(3, vocabulary) for _ in range(length))
         prompt = max(1, length - round(trained * length))
         other = round((length - prompt) * rng.uniform(0.8, 1.2)) if preferences else 0

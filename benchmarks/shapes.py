@@ -91,7 +91,9 @@ def lora_parameters(shape: str, rank: int) -> int:
     return sum(rank * (i + o) for i, o in linear_layers(shape))
 
 
-def flops(shape: str, lengths: Sequence[int], targets: int, rank: int = 0) -> dict[str, float]:
+def flops(
+    shape: str, lengths: Sequence[int], targets: int, rank: int = 0, twice: int = 0, reference: bool = False
+) -> dict[str, float]:
     """Matrix-product FLOPs that training once on rows of these lengths *needs*, whoever does the work.
 
     A product with a weight matrix of N entries takes 2N FLOPs a token in the forward pass, and in the backward pass 2N
@@ -103,10 +105,13 @@ def flops(shape: str, lengths: Sequence[int], targets: int, rank: int = 0) -> di
         attention  3 x layers x 2 x heads x head_dim x sum of length^2: two products (q k, p v) of 2 x length^2 / 2 x
                    width each (the causal half), backward twice the forward
 
+    Of preferences `lengths` are of prompt and answer, twice for each prompt: `twice` tokens of prompts are needed once
+    only. `reference`: a forward pass under the reference comes on top, a third again (half of LoRA's).
+
     Recomputed activations, padding, the upper half of the attention matrix and logits nobody asked for are no needed
     work: who does them reaches a lower fraction of the peak. Returns FLOPs by part, and their "total".
     """
-    c, size, tokens = SHAPES[shape], parameters(shape), sum(lengths)
+    c, size, tokens = SHAPES[shape], parameters(shape), sum(lengths) - twice
     per_weight = 4 if rank else 6
     width = c["num_attention_heads"] * c["head_dim"]
     parts = {
@@ -115,6 +120,8 @@ def flops(shape: str, lengths: Sequence[int], targets: int, rank: int = 0) -> di
         "head": float(per_weight * size["head"] * targets),
         "attention": float(3 * c["num_hidden_layers"] * 2 * width * sum(n * n for n in lengths)),
     }
+    if reference:
+        parts["reference"] = sum(parts.values()) / (2 if rank else 3)
     return {**parts, "total": sum(parts.values())}
 
 

@@ -22,6 +22,7 @@ from benchmarks.process import show
 from tunelet.errors import TuneletError
 
 OURS = "tunelet"
+UNSHARED = "tunelet-unshared"  # prompts read once for each answer, to see what reading them once is worth
 PEERS = {"trl": ("trl-default", "trl-best")}
 METHODS = ("sft", "lora", "dpo")
 RANK = 16
@@ -63,14 +64,15 @@ def contestants(options: Namespace) -> list[str]:
             why="peers are an extra, which nothing in tunelet needs",
             fix="make install-parity, or leave --peer out to measure tunelet alone.",
         )
-    chosen = [OURS, *(PEERS[options.peer] if options.peer else ())]
+    ours_ = [OURS, UNSHARED] if options.method == "dpo" else [OURS]
+    chosen = [*ours_, *(PEERS[options.peer] if options.peer else ())]
     if options.only:
         unknown = sorted(set(options.only) - set(chosen))
         if unknown:
             raise TuneletError(f"There is no contestant {unknown[0]} here.", fix=f"There are {', '.join(chosen)}.")
         chosen = [name for name in chosen if name in options.only]
     given = work(options)["peer_set"]
-    for name in chosen[1:] if OURS in chosen else chosen:
+    for name in (name for name in chosen if name not in ours_):
         settings = peer.settings(name, options.rows, options.batch_size, given, options.device)
         rows_of_step = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"]
         if rows_of_step != options.batch_size:
@@ -79,12 +81,6 @@ def contestants(options: Namespace) -> list[str]:
                 why="per_device_train_batch_size x gradient_accumulation_steps is the step's size",
                 fix="Set both, or --batch-size.",
             )
-    if options.method == "dpo" and OURS in chosen:
-        raise TuneletError(
-            "tunelet does not train with dpo yet.",
-            why="the method is not written",
-            fix="Measure sft or lora, or the peer alone: --method dpo --peer trl --only trl-default",
-        )
     return chosen
 
 
@@ -138,7 +134,8 @@ def summary(pairs: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, 
 
     ratio_default, ratio_best: tunelet's tokens per CPU-second over the peer's at its default, at its best.
     gemm_fraction: FLOPs the step needs (shapes.flops) per CPU-second over the bf16 peak measured before the pair.
-    peak_ratio: tunelet's peak of memory over that of the peer's default. None where one of the two was not measured.
+    peak_ratio: tunelet's peak of memory over that of the peer's default. ratio_shared: of dpo, over tunelet's own rate
+    with prompts read once for each answer. None where one of the two was not measured.
     """
 
     def median(values: list[float]) -> float | None:
@@ -156,6 +153,7 @@ def summary(pairs: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, 
         "gemm_fraction": median(fractions.get(OURS, [])),
         "peak_ratio": median(ratios("peak_mb", "trl-default")),
         "peak_ratio_best": median(ratios("peak_mb", "trl-best")),
+        "ratio_shared": median(ratios(rate, UNSHARED)),
         "pairs_done": len(pairs),
         "ratios": {"default": ratios(rate, "trl-default"), "best": ratios(rate, "trl-best")},
         "gemm_gflops_per_cpu_second": median([p["gemm"]["gflops_per_cpu_second"] for p in pairs]),

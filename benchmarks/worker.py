@@ -30,7 +30,12 @@ def contestants() -> dict[str, dict[str, Callable[..., Any]]]:
 
     return {
         "sft": {"tunelet": ours.sft, "trl-default": peer.sft, "trl-best": peer.sft},
-        "dpo": {"trl-default": peer.dpo, "trl-best": peer.dpo},
+        "dpo": {
+            "tunelet": ours.dpo,
+            "tunelet-unshared": ours.dpo,
+            "trl-default": peer.dpo,
+            "trl-best": peer.dpo,
+        },
     }
 
 
@@ -51,7 +56,10 @@ def figures(
     counted = rows.count(timed)
     seconds = reading.wall if spec["device"] == "cuda" else reading.cpu
     lengths = [length for row in timed for length in row.lengths]
-    work = shapes.flops(spec["shape"], lengths, counted["targets"], spec["rank"])
+    twice = sum(row.prompt for row in timed if row.rejected)  # prompts that no one needs to read a second time
+    work = shapes.flops(
+        spec["shape"], lengths, counted["targets"], spec["rank"], twice, reference=spec.get("method") == "dpo"
+    )
     return {
         "contestant": spec["contestant"],
         "tokens_per_cpu_second": counted["tokens"] / seconds,

@@ -16,7 +16,7 @@ from tunelet import cli
 from tunelet.errors import GateError, TuneletError
 
 SRC = Path(tunelet.__file__).parents[1]
-VERBS = ["demo", "align", "train", "eval", "chat", "generate", "report", "doctor"]
+VERBS = ["demo", "align", "train", "eval", "chat", "generate", "report", "doctor", "compare"]
 VERBS += ["data convert", "data doctor", "data render", "data mask", "recipe show", "recipe init"]
 CHATS = [
     {"messages": [{"role": "user", "content": "Turn on the light."}, {"role": "assistant", "content": "It is on."}]},

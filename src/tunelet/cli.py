@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from tunelet import __version__
-from tunelet.commands import ask, common, data, machine, plan, recipe, results, train
+from tunelet.commands import ask, common, compare, data, machine, plan, recipe, results, train
 from tunelet.errors import TuneletError, did_you_mean
 
 app = typer.Typer(
@@ -52,6 +52,7 @@ app.add_typer(data.app, name="data")
 app.command("eval", short_help="Score a model or a run, with intervals.")(results.evaluate)
 app.command("chat", short_help="Talk with a model.")(ask.chat)
 app.command("generate", short_help="Answer a file of prompts.")(ask.generate)
+app.command("compare", short_help="Finished runs side by side, and tested.")(compare.compare)
 app.command("report", short_help="Write a run's page again.")(results.report)
 app.add_typer(recipe.app, name="recipe")
 app.command("doctor", short_help="What this machine has, and tunelet will use.")(machine.doctor)

@@ -292,7 +292,6 @@ def test_pictures(tmp_path):
 @pytest.mark.parametrize(
     ("args", "told"),
     [
-        (["train", "--method", "dpo"], "does not train with dpo yet"),
         (["train", "--set", "train.batchsize=3"], "train.batch_size"),
         (["train", "--peer", "trl", "--only", "trl"], "no contestant trl"),
         (["train", "--peer", "trl", "--peer-set", "bf16"], "not KEY=JSON"),

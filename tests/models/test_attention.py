@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tunelet.data.examples import Batch
-from tunelet.models import attention, head
+from tunelet.models import attention, gemm_attention, head
 
 SMALL = {
     "vocab_size": 300,
@@ -87,7 +87,7 @@ def test_gemm_attention_and_its_gradients_equal_sdpa(heads, kv, window):
     q = torch.randn(2, 300, heads, 16, requires_grad=True)
     k, v = (torch.randn(2, 300, kv, 16, requires_grad=True) for _ in range(2))
     weight = torch.randn(2, 300, heads, 16)
-    ours = attention._GemmAttention.apply(q, k, v, 0.3, window)
+    ours = gemm_attention.GemmAttention.apply(q, k, v, 0.3, window, 0)
     theirs = attention._sdpa(q, k, v, 0.3, window)
     torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=1e-5)
     for found, expected in zip(

@@ -1,4 +1,7 @@
-"""The verbs about results: eval (score a model), report (write a run's page). Scoring is done in `evals/`."""
+"""The verbs about one model's results: eval (score it), report (write a run's page). Scoring is done in `evals/`.
+
+Not for runs side by side (compare.py).
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,7 @@ from tunelet.commands.common import (
     column_map,
     open_console,
     open_engine,
+    open_tokenizer,
     write_json,
 )
 from tunelet.errors import TuneletError
@@ -28,7 +32,7 @@ from tunelet.errors import TuneletError
 if TYPE_CHECKING:
     from rich.console import Console
 
-TASKS = ("starter", "held_out")
+TASKS = ("starter", "held_out", "preference")
 RunOrModel = Annotated[
     str, typer.Argument(metavar="MODEL_OR_RUN", help="A run's folder, starter, a model folder or a hub id.")
 ]
@@ -41,17 +45,40 @@ def evaluate(
         typer.Option(
             metavar="T",
             help="starter: does it do what is asked? held_out: loss and stop rate on --data. "
+            "preference: of pairs of answers (--data, else the starter's), how often is the better one more probable? "
+            "By the sum over its tokens, which favours short answers, and by their mean. "
             "Default: held_out with --data, else starter.",
         ),
     ] = None,
     data: Annotated[
-        list[str] | None, typer.Option("--data", metavar="D", help="held_out: rows kept from training.")
+        list[str] | None,
+        typer.Option("--data", metavar="D", help="held_out, preference: rows kept from training."),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL_OR_RUN",
+            help="preference: the win rate of the model's answers over this one's too, raw and at equal length; judged "
+            "by the starter's grading, or by --judge.",
+        ),
+    ] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="--against: a model that is asked which of two answers is better, in both orders; a tie where they "
+            "disagree.",
+        ),
     ] = None,
     want: Annotated[str, typer.Option(metavar="KIND", help="held_out: rows are chat or text.")] = "chat",
-    items: Annotated[int, typer.Option(min=1, metavar="N", help="starter: held-out commands in each language.")] = 500,
-    limit: Annotated[int, typer.Option(min=0, metavar="N", help="held_out: the first so many rows; 0: all.")] = 200,
+    items: Annotated[
+        int, typer.Option(min=1, metavar="N", help="starter, or --against on it: held-out commands in each language.")
+    ] = 500,
+    limit: Annotated[
+        int, typer.Option(min=0, metavar="N", help="held_out, preference: the first so many rows; 0: all.")
+    ] = 200,
     max_length: Annotated[
-        int, typer.Option(min=8, metavar="N", help="held_out: tokens of a row; longer ones are cut.")
+        int, typer.Option(min=8, metavar="N", help="held_out, preference: tokens of a row; longer ones are cut.")
     ] = 1024,
     batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Prompts answered at the same time.")] = 64,
     max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Longest answer, in tokens.")] = 128,
@@ -69,46 +96,111 @@ def evaluate(
     console = open_console(json_to)
     task = task or ("held_out" if data else "starter")
     choice_of("--task", task, TASKS)
+    choice_of("--want", want, ("chat", "text"))
     if task == "held_out" and not data:
         raise TuneletError("--task held_out: which rows?", fix="name rows that were not trained on: --data FILE")
     if task == "starter" and data:
         raise TuneletError("--task starter has its own items", fix="leave out --data, or take --task held_out")
-    loaded = _rows(data, want, columns, limit) if data else None  # its mistakes show before a model is loaded
+    names, wanted = (data or ["starter"], "preference") if task == "preference" else (data, want)
+    on_starter = names == ["starter"]
+    _check_against(task, on_starter, against, judge)
+    # mistakes in what is read show before a model is loaded
+    loaded = _rows(names, wanted, columns, limit, seed) if names else []
+    if task == "preference":
+        for name in (model, against):
+            if name:
+                _check_template(name, template)
+    if judge:
+        open_tokenizer(judge)
     started = time.monotonic()
-    engine = open_engine(model, device=device, dtype=dtype, trust=trust, template=template)
-    figures: dict[str, Any] = {"model": model, "task": task}
-    if loaded is None:
+    answering = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    opening = {"device": device, "dtype": dtype, "trust": trust}
+
+    def starter_items(engine: Any, what: str = "Answering") -> Any:
         from tunelet.evals import starter
 
-        with _bar(console, "Answering") as progress:
-            scored = starter.evaluate(
-                engine, items=items, seed=seed, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress
-            )
+        with _bar(console, what) as progress:
+            return starter.evaluate(engine, items=items, seed=seed, progress=progress, **answering)
+
+    def answers(engine: Any, of: str) -> list[Any]:
+        from tunelet.evals import winrate
+
+        what = f"Answers of {of}"
+        if on_starter:
+            return starter_items(engine, what).items
+        with _bar(console, what) as progress:
+            once = list({repr(example.prompt): example for example in loaded}.values())
+            return winrate.answers(engine, once, progress=progress, **answering)
+
+    engine = open_engine(model, template=template, **opening)
+    figures: dict[str, Any] = {"model": model, "task": task}
+    if task == "starter":
+        scored = starter_items(engine)
         metrics, answered = scored.metrics, scored.items
+    elif task == "held_out":
+        metrics, answered = _held_out(engine, loaded, max_length, **answering)
     else:
-        metrics, answered = _held_out(engine, loaded, max_length, max_new_tokens, batch_size)
+        metrics, answered = _pairs(engine, names, loaded, max_length, console)
+    if against:
+        first = answers(engine, model)
+        del engine  # one model in memory at a time
+        second = answers(open_engine(against, template=template, **opening), against)
+        asked = open_engine(judge, template=None, **opening) if judge else None
+        more, compared = _versus(first, second, asked, seed, console)
+        metrics |= more
+        figures |= {"against": against, "judge": judge or "the starter's grading", "compared": compared}
+    width = max(20, *map(len, metrics))
     for name, found in metrics.items():
         console.print(
-            f"{name:<20} {found['value']:8.3f}   {found['low']:.3f} to {found['high']:.3f}   n = {found['n']}"
+            f"{name:<{width}} {found['value']:8.3f}   {found['low']:.3f} to {found['high']:.3f}   n = {found['n']}"
         )
     write_json(figures | {"metrics": metrics, "seconds": time.monotonic() - started, "items": answered}, json_to)
 
 
-def _rows(data: list[str], want: str, columns: list[str] | None, limit: int) -> list[Any]:
+def _check_against(task: str, on_starter: bool, against: str | None, judge: str | None) -> None:
+    if against and task != "preference":
+        raise TuneletError(
+            f"--against goes with --task preference, not {task}", fix="--task preference, or leave it out"
+        )
+    if judge and not against:
+        raise TuneletError("--judge: between whose answers?", fix="name the other model or run: --against MODEL_OR_RUN")
+    if against and not (on_starter or judge):
+        raise TuneletError(
+            f"--against {against}: who says which answer is better?",
+            why="your own data cannot be graded by running it, as the starter's can",
+            fix="name a model that judges: --judge MODEL (the larger, the better), or leave out --data",
+        )
+
+
+def _check_template(model: str, template: str | None) -> None:
+    """Raises TuneletError where a model cannot be asked anything, by its name: there may be several."""
+    from tunelet.data.examples import Message
+
+    renderer = open_tokenizer(model, template)[1]
+    try:
+        renderer.string([Message("user", "Hi")])
+    except TuneletError as error:
+        raise TuneletError(f"{model}: {error.what}", why=error.why, fix=error.fix) from None
+
+
+def _rows(data: list[str], want: str, columns: list[str] | None, limit: int, seed: int) -> list[Any]:
     from tunelet.data import formats
 
-    choice_of("--want", want, ("chat", "text"))
-    loaded = formats.load(data, want=want, columns=column_map(columns), limit=limit, split="test")
-    errors = [str(finding) for finding in loaded.findings if finding.severity == "error"]
+    loaded = formats.load(data, want=want, columns=column_map(columns), limit=limit, seed=seed, split="test")
+    errors = [finding for finding in loaded.findings if finding.severity == "error"]
     if errors or not loaded.examples:
-        listed = "\n".join(errors[:20]) + (f"\n... and {len(errors) - 20} more" if len(errors) > 20 else "")
-        raise TuneletError(
-            f"{', '.join(data)}: {len(errors)} rows can't be scored\n{listed}"
-            if errors
-            else f"{data[0]}: holds no rows",
-            fix=f"mend or remove them; all that can be mended: tunelet data doctor {data[0]} --fix FILE",
-        )
+        raise _bad_rows(data, want, errors)
     return loaded.examples
+
+
+def _bad_rows(data: list[str], want: str, errors: list[Any]) -> TuneletError:
+    from tunelet.data import listing
+
+    listed = "\n".join(text for _, text in listing.lines(errors))
+    return TuneletError(
+        f"{', '.join(data)}: {len(errors)} rows can't be scored\n{listed}" if errors else f"{data[0]}: holds no rows",
+        fix=f"mend or remove them; all that can be mended: tunelet data doctor {data[0]} --want {want} --fix FILE",
+    )
 
 
 def _held_out(
@@ -126,6 +218,77 @@ def _held_out(
     answered = held_out.answers(engine, examples, max_new_tokens=max_new_tokens, batch_size=batch_size)
     stops = held_out.stop_rate(answered)
     return {"held_out_loss": found} | ({"stop_rate": stops} if stops else {}), answered
+
+
+def _pairs(
+    engine: Any, names: list[str], examples: list[Any], max_length: int, console: Console
+) -> tuple[dict[str, Any], list[Any]]:
+    from tunelet.data import branches
+    from tunelet.evals import preference
+
+    problems: list[Any] = []
+    length = min(max_length, engine.max_length or max_length)
+    made = [branches.cut(row, length) for row in branches.pairs(engine.renderer, examples, problems)]
+    if problems:
+        raise _bad_rows(names, "preference", problems)
+    rows = [row for row, finding in made if not finding or finding.severity != "error"]
+    if not rows:
+        raise TuneletError(
+            f"no pair has two different answers within {length} tokens", fix="give a larger --max-length, or other rows"
+        )
+    cut = sum(finding is not None for _, finding in made) - (len(made) - len(rows))
+    for count, what in ((len(made) - len(rows), "left out: the answers' difference is cut off"), (cut, "cut short")):
+        if count:
+            console.print(f"{count} of {len(made)} pairs are longer than {length} tokens and {what}.", markup=False)
+    with _bar(console, "Pairs") as progress:
+        found = preference.scores(engine.model, rows, progress=progress)
+    keys = ("logprob_chosen", "tokens_chosen", "logprob_rejected", "tokens_rejected")
+    items = [
+        {"item": str(row.origin), **dict(zip(keys, (*chosen, *rejected), strict=True))}
+        for row, (chosen, rejected) in zip(rows, found, strict=True)
+    ]
+    return preference.metrics(found), items
+
+
+def _versus(
+    first: list[Any], second: list[Any], judge: Any, seed: int, console: Console
+) -> tuple[dict[str, Any], list[Any]]:
+    """Metrics of the first answers against the second ones, and each pair with its judgement. judge: an engine; None:
+    the answers are graded."""
+    from tunelet.evals import judge as judging
+    from tunelet.evals import stats, winrate
+
+    both = [(a, b) for a, b in zip(first, second, strict=True) if a and b]
+    answers = [[of["answer"] for of in side] for side in zip(*both, strict=True)] or [[], []]
+    if judge:
+        with _bar(console, "Judging") as progress:
+            said = judging.ask(judge, [a["messages"] for a, _ in both], *answers, progress=progress)
+    else:
+        said = [judging.by_grade(a, b) for a, b in both]
+    kept = [place for place, judgement in enumerate(said) if judgement]
+    if lost := len(first) - len(kept):
+        console.print(f"{lost} of {len(first)} prompts left out: too long for a model, or for the judge.", markup=False)
+    if not kept:
+        raise TuneletError(
+            "no prompt is left to compare answers on",
+            why="with their answers they are longer than a model, or the judge, reads",
+            fix="a smaller --max-new-tokens, shorter prompts, or models that read further",
+        )
+    said, both = [said[place] for place in kept], [both[place] for place in kept]
+    won = [judgement.won for judgement in said]
+    metrics = winrate.metrics(won, *([side[place] for place in kept] for side in answers), seed=seed)
+    asked = [judgement.flipped for judgement in said if judgement.flipped is not None]
+    if asked:
+        metrics["judge_position_flips"] = stats.wilson(sum(asked), len(asked)).as_dict()
+    console.print(f"Wins {won.count(1)}, ties {won.count(0.5)}, losses {won.count(0)}.", markup=False)
+    if "win_rate_length_controlled" not in metrics:
+        console.print("All answers differ in length by the same: no win rate at equal length can be told.")
+    keys = ("item", "messages", "answer")
+    compared = [
+        {**{key: a[key] for key in keys}, "against": b["answer"], "won": judgement.won, "flipped": judgement.flipped}
+        for (a, b), judgement in zip(both, said, strict=True)
+    ]
+    return metrics, compared
 
 
 @contextlib.contextmanager

@@ -26,10 +26,14 @@ def pairs(renderer: Renderer, examples: Sequence[Preference], problems: list[Fin
     return _rows(renderer, examples, answers, problems)
 
 
-def labelled(renderer: Renderer, examples: Sequence[Labelled], problems: list[Finding]) -> list[Tokens]:
+def labelled(
+    renderer: Renderer, examples: Sequence[Labelled], problems: list[Finding], others: Sequence[Labelled] = ()
+) -> list[Tokens]:
     """A row for each answer with a verdict: the prompt, the answer, and then what the next row with another prompt was
-    answered, which KTO estimates its reference point from. Raises TuneletError where all rows have one prompt."""
-    prompts = [example.prompt for example in examples]
+    answered, which KTO estimates its reference point from; of `others` where these rows have one prompt. Raises
+    TuneletError where all rows have."""
+    pool = [*examples, *others]
+    prompts = [example.prompt for example in pool]
     if examples and all(prompt == prompts[0] for prompt in prompts):
         raise TuneletError(
             "kto needs rows with at least two different prompts",
@@ -38,9 +42,9 @@ def labelled(renderer: Renderer, examples: Sequence[Labelled], problems: list[Fi
         )
     answers = []
     for number, example in enumerate(examples):
-        order = itertools.chain(range(number + 1, len(examples)), range(number))
+        order = itertools.chain(range(number + 1, len(examples)), range(number), range(len(examples), len(pool)))
         other = next(place for place in order if prompts[place] != example.prompt)
-        answers.append(((example.prompt, example.completion), (example.prompt, examples[other].completion)))
+        answers.append(((example.prompt, example.completion), (example.prompt, pool[other].completion)))
     return _rows(renderer, examples, answers, problems)
 
 
@@ -56,13 +60,15 @@ def _rows(
         for example, two in zip(examples, answers, strict=True)
         for prompt, answer in two
     ]
-    found = {id(row.origin): row for row in renderer.chats(chats, problems)}
+    said: list[Finding] = []
+    found = {id(row.origin): row for row in renderer.chats(chats, said)}
+    refused = {id(finding.origin): finding for finding in said}
     out = []
     for example, first, second in zip(examples, chats[0::2], chats[1::2], strict=True):
-        parts = [found.get(id(chat.origin)) for chat in (first, second)]
-        if parts[0] is None or parts[1] is None:
-            continue
-        problem = _unusable(parts)
+        both = (id(first.origin), id(second.origin))
+        problem = next((refused[key] for key in both if key in refused), None)  # one for the row, not for each answer
+        parts = [found[key] for key in both] if problem is None else []
+        problem = problem or _unusable(parts, compared=isinstance(example, Preference))
         if problem:
             problems.append(replace(problem, origin=example.origin))
             continue
@@ -70,7 +76,8 @@ def _rows(
     return out
 
 
-def _unusable(parts: Sequence[Tokens]) -> Finding | None:
+def _unusable(parts: Sequence[Tokens], compared: bool) -> Finding | None:
+    """compared: the answers are a better and a worse one; two rows of verdicts may well have been answered the same."""
     if not all(part.trained for part in parts):
         return Finding(
             "nothing_trained",
@@ -78,7 +85,14 @@ def _unusable(parts: Sequence[Tokens]) -> Finding | None:
             "the chat template leaves no token of an answer to train on",
             fix="look at the row with `tunelet data mask`, or give another template: --set model.chat_template=FILE",
         )
-    if parts[0].ids == parts[1].ids:
+    if parts[0].ids[0] != parts[1].ids[0]:
+        return Finding(
+            "no_shared_prompt",
+            "error",
+            "the prompt is one token with the beginning of an answer: nothing stands before both answers",
+            fix="give a template that begins with a token of its own: --set model.chat_template=FILE",
+        )
+    if compared and parts[0].ids == parts[1].ids:
         return Finding(
             "identical_answers", "error", "both answers are the same once they are rendered", fix="remove the row"
         )
@@ -112,9 +126,9 @@ def longest(row: Tokens) -> int:
     return row.branches[0] + max(end - start for start, (_, end) in zip(row.branches, row.sequences, strict=True))
 
 
-def cut(row: Tokens, length: int) -> tuple[Tokens, Finding | None]:
+def cut(row: Tokens, length: int, compared: bool = True) -> tuple[Tokens, Finding | None]:
     """Every sequence cut to its first `length` tokens, and what that did to the answers: lost one (error), made both
-    the same (error), or shortened one (warning)."""
+    the same (error, where they are `compared`), or shortened one (warning)."""
     if longest(row) <= length:
         return row, None
     fix = f"raise data.max_length (this row: {longest(row)}), or shorten the prompt"
@@ -139,7 +153,7 @@ def cut(row: Tokens, length: int) -> tuple[Tokens, Finding | None]:
             row.origin,
             fix,
         )
-    if short[0].ids == short[1].ids:
+    if compared and short[0].ids == short[1].ids:
         return row, Finding(
             "same_when_cut", "error", f"both answers are the same up to token {length}", row.origin, fix
         )

@@ -37,7 +37,7 @@ def losses(
     model.eval()
     try:
         with torch.inference_mode():
-            for places in _batches(rows):
+            for places in batches(rows):
                 batch = make_batch([rows[place] for place in places])
                 if not len(batch.targets):
                     continue
@@ -52,7 +52,7 @@ def losses(
     return out
 
 
-def _batches(rows: Sequence[Tokens]) -> Iterator[list[int]]:
+def batches(rows: Sequence[Tokens]) -> Iterator[list[int]]:
     """Places of rows, short ones together, up to BATCH_TOKENS a batch."""
     batch: list[int] = []
     size = 0

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tunelet.data.examples import Tokens
-from tunelet.evals.held_out import _batches
+from tunelet.evals.held_out import batches
 from tunelet.evals.stats import wilson
 
 Scores = tuple[tuple[float, int], tuple[float, int]]
@@ -26,7 +26,7 @@ def scores(model: Any, rows: Sequence[Tokens], *, progress: Callable[[int, int],
     device = next(model.parameters()).device
     out: list[Any] = [None] * len(rows)
     done = 0
-    for places in _batches(rows):
+    for places in batches(rows):
         found = sequences.scored(model, make_batch([rows[place] for place in places]).to(device))
         for place, chosen, rejected in zip(places, found[0::2], found[1::2], strict=True):
             out[place] = (chosen, rejected)

@@ -16,12 +16,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from tunelet.models.gemm_attention import GemmAttention, block_mask
+
 NAME = "tunelet"
-# Up to this length a batched GEMM with a stored bf16 probability matrix beats the CPU flash kernel; beyond it memory
-# and time turn.
-GEMM_MAX_LENGTH = 640
-# Queries are cut in blocks, so that keys that lie wholly in the future are not multiplied at all.
-QUERY_BLOCK = 128
 # Groups are this many tokens long, or a multiple: few different shapes, each of which oneDNN compiles once.
 LENGTH_MULTIPLE = 16
 # A row joins a group when at least this share of its padded length is real.
@@ -30,10 +27,12 @@ FILL = 0.8
 
 @dataclass(frozen=True)
 class Group:
-    """Rows of similar length: `rows` x `length` positions of the layout."""
+    """Rows of similar length: `rows` x `length` positions of the layout. The first `skip` of each are wanted as keys
+    only: another row of the layout has them as queries."""
 
     rows: int
     length: int
+    skip: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,11 +70,15 @@ def plan(
     lengths = [b - a + d - c for a, b, c, d in sequences]
     if len(set(lengths)) == 1 and sum(lengths) == borders[-1]:
         return AttentionPlan((Group(len(lengths), lengths[0]),), borders[-1], None, None)
-    by_length = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    # a beginning that was there before is not computed again: such rows stand apart from the others
+    known = [
+        b > a and (a, b) == before[:2] for before, (a, b, *_) in zip([(-1, -1), *sequences], sequences, strict=False)
+    ]
     members: list[list[int]] = []
-    for row in by_length:
+    for row in sorted(range(len(lengths)), key=lambda row: (known[row], -lengths[row])):
         longest = lengths[members[-1][0]] if members else 0
-        if members and (lengths[row] >= FILL * longest or longest - lengths[row] <= 16):
+        near = lengths[row] >= FILL * longest or longest - lengths[row] <= 16
+        if members and near and known[row] == known[members[-1][0]]:
             members[-1].append(row)
         else:
             members.append([row])
@@ -85,11 +88,12 @@ def plan(
     groups, offset = [], 0
     for rows in members:
         length = -(-lengths[rows[0]] // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
-        groups.append(Group(len(rows), length))
+        skip = min(sequences[row][1] - sequences[row][0] for row in rows) if known[rows[0]] else 0
+        groups.append(Group(len(rows), length, skip))
         for row in rows:
             a, b, c, d = sequences[row]
             tokens, places = torch.cat([torch.arange(a, b), torch.arange(c, d)]), torch.arange(offset, offset + b - a)
-            if b > a and scatter[a] >= 0:
+            if known[row]:
                 again.append(places)
             else:
                 scatter[a:b] = places
@@ -138,83 +142,6 @@ def _gathered(x: torch.Tensor, index: torch.Tensor, size: int) -> torch.Tensor:
     return out
 
 
-def _block_mask(
-    start: int, stop: int, first_key: int, window: int | None, dtype: torch.dtype, device: Any
-) -> torch.Tensor:
-    """[stop - start, stop - first_key] additive mask of queries start..stop-1 over keys first_key..stop-1."""
-    queries = torch.arange(start, stop, device=device)[:, None]
-    keys = torch.arange(first_key, stop, device=device)[None]
-    hidden = keys > queries
-    if window:
-        hidden = hidden | (keys <= queries - window)
-    return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
-
-
-def _blocks(length: int, window: int | None) -> list[tuple[int, int, int]]:
-    """(first query, end of queries, first key) of each block."""
-    count = max(1, round(length / QUERY_BLOCK))
-    edges = [length * i // count for i in range(count + 1)]
-    return [(a, b, max(0, a - window + 1) if window else 0) for a, b in itertools.pairwise(edges) if b > a]
-
-
-class _GemmAttention(torch.autograd.Function):
-    """Causal attention by batched GEMM and softmax. q: [b, L, H, D]; k, v: [b, L, KV, D]; returns [b, L, H, D].
-
-    The query heads that share a key-value head are stacked along the query axis: K and V are never repeated.
-    """
-
-    @staticmethod
-    def forward(ctx, q, k, v, scale, window):
-        b, length, heads, dim = q.shape
-        kv = k.shape[2]
-        g = heads // kv
-        # [b*KV, L, G, D]: the queries of one position lie together, so that a block of queries is one slice.
-        qs = (q * scale).view(b, length, kv, g, dim).permute(0, 2, 1, 3, 4).reshape(b * kv, length, g, dim)
-        ks = k.permute(0, 2, 1, 3).reshape(b * kv, length, dim)
-        vs = v.permute(0, 2, 1, 3).reshape(b * kv, length, dim)
-        out = torch.empty_like(qs)
-        saved = []
-        for start, stop, first in _blocks(length, window):
-            n, m = stop - start, stop - first
-            scores = torch.bmm(qs[:, start:stop].reshape(b * kv, n * g, dim), ks[:, first:stop].transpose(1, 2))
-            tail = scores.view(b * kv, n, g, m)
-            if window:
-                tail += _block_mask(start, stop, first, window, q.dtype, q.device)[:, None]
-            else:  # keys before the block are seen by all its queries
-                tail[..., start - first :] += _block_mask(start, stop, start, None, q.dtype, q.device)[:, None]
-            p = torch.softmax(scores, -1)
-            out[:, start:stop] = torch.bmm(p, vs[:, first:stop]).view(b * kv, n, g, dim)
-            saved.append(p)
-        ctx.save_for_backward(qs, ks, vs, *saved)
-        ctx.scale, ctx.window, ctx.shape = scale, window, (b, length, heads, dim, kv, g)
-        return out.view(b, kv, length, g, dim).permute(0, 2, 1, 3, 4).reshape(b, length, heads, dim)
-
-    @staticmethod
-    def backward(ctx, grad):
-        qs, ks, vs, *saved = ctx.saved_tensors
-        b, length, heads, dim, kv, g = ctx.shape
-        grad = grad.reshape(b, length, kv, g, dim).permute(0, 2, 1, 3, 4).reshape(b * kv, length, g, dim)
-        dq = torch.empty_like(qs)
-        blocks = _blocks(length, ctx.window)
-        dk, dv = (torch.zeros_like(ks), torch.zeros_like(vs)) if len(blocks) > 1 else (None, None)
-        for (start, stop, first), p in zip(blocks, saved, strict=True):
-            n = stop - start
-            go = grad[:, start:stop].reshape(b * kv, n * g, dim)
-            dp = torch.bmm(go, vs[:, first:stop].transpose(1, 2))
-            ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
-            dq[:, start:stop] = torch.bmm(ds, ks[:, first:stop]).view(b * kv, n, g, dim)
-            dk_part = torch.bmm(ds.transpose(1, 2), qs[:, start:stop].reshape(b * kv, n * g, dim))
-            dv_part = torch.bmm(p.transpose(1, 2), go)
-            if dk is None:
-                dk, dv = dk_part, dv_part
-            else:
-                dk[:, first:stop] += dk_part
-                dv[:, first:stop] += dv_part
-        dq = (dq * ctx.scale).view(b, kv, length, g, dim).permute(0, 2, 1, 3, 4).reshape(b, length, heads, dim)
-        dk, dv = (x.view(b, kv, length, dim).transpose(1, 2) for x in (dk, dv))
-        return dq, dk, dv, None, None
-
-
 def _plain(q, k, v, scale, window, softcap, dropout):
     """The same by ordinary differentiable operations, for what the fast paths leave out: capped scores and attention
     dropout."""
@@ -225,7 +152,7 @@ def _plain(q, k, v, scale, window, softcap, dropout):
     scores = (qs @ ks.transpose(-1, -2)).float() * scale
     if softcap:
         scores = torch.tanh(scores / softcap) * softcap
-    p = torch.softmax(scores + _block_mask(0, length, 0, window, torch.float32, q.device), -1).to(q.dtype)
+    p = torch.softmax(scores + block_mask(0, length, 0, window, torch.float32, q.device), -1).to(q.dtype)
     p = F.dropout(p, dropout) if dropout else p
     return (p @ vs).permute(0, 3, 1, 2, 4).reshape(b, length, heads, dim)
 
@@ -234,7 +161,7 @@ def _sdpa(q, k, v, scale, window):
     length = q.shape[1]
     mask = None
     if window and window < length:
-        mask = _block_mask(0, length, 0, window, q.dtype, q.device)
+        mask = block_mask(0, length, 0, window, q.dtype, q.device)
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
@@ -247,15 +174,16 @@ def _sdpa(q, k, v, scale, window):
     return out.transpose(1, 2)
 
 
-def _rows(q, k, v, scale, window, softcap, dropout):
-    """Causal attention within each of b rows of equal length. q: [b, L, H, D]; k, v: [b, L, KV, D]."""
+def _rows(q, k, v, scale, window, softcap, dropout, skip=0):
+    """Causal attention within each of b rows of equal length. q: [b, L, H, D]; k, v: [b, L, KV, D]. The first `skip`
+    results may be anything."""
     length = q.shape[1]
     if window and window >= length:
         window = None
     if softcap or dropout:
         return _plain(q, k, v, scale, window, softcap, dropout)
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and length <= GEMM_MAX_LENGTH:
-        return _GemmAttention.apply(q, k, v, scale, window)
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        return GemmAttention.apply(q, k, v, scale, window, skip)
     return _sdpa(q, k, v, scale, window)
 
 
@@ -272,7 +200,7 @@ def flat_attention(q, k, v, plan: AttentionPlan, *, scale, window=None, softcap=
     outs = []
     for group, *parts in zip(plan.groups, q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
         rows = (x.reshape(group.rows, group.length, *x.shape[1:]) for x in parts)
-        outs.append(_rows(*rows, scale, window, softcap, dropout).flatten(0, 1))
+        outs.append(_rows(*rows, scale, window, softcap, dropout, group.skip).flatten(0, 1))
     out = outs[0] if len(outs) == 1 else torch.cat(outs)
     if plan.scatter is not None:
         return _Lay.apply(out, plan.scatter, plan.gather, False, stream)

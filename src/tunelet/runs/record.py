@@ -134,6 +134,9 @@ class Run:
         A value nobody asked for (filled in for the model, like the learning rate) is the same as leaving it out.
         """
         mine, given, defaults, origins = values(self.recipe()), values(recipe), values(Recipe()), self.origins()
+        here, then = Path(given["model.path"]), Path(mine["model.path"]).parts
+        if here.parent in (self.folder / STAGES, self.folder.parent) and (STAGES, here.name) == then[-2:]:
+            given["model.path"] = mine["model.path"]  # the stage before, wherever the run's folder is now
         return [
             (key, mine[key], given[key])
             for key in mine

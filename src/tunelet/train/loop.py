@@ -94,6 +94,11 @@ def evaluate_every(recipe: Recipe, total: int) -> int:
     return recipe.train.eval_steps or (math.ceil(total / 10) if looked_at else 0)
 
 
+def places_of(recipe: Recipe, rows: Sequence[Tokens], total: int) -> list[int]:
+    """Which rows `total` steps come to."""
+    return sorted(set(itertools.chain.from_iterable(step_places(rows, recipe, 0, total))))
+
+
 def with_reference(
     recipe: Recipe, model: Any, rows: Sequence[Tokens], held: Sequence[Tokens], total: int, choice: Any, console: Any
 ) -> tuple[list[Tokens], list[Tokens]]:
@@ -101,7 +106,7 @@ def with_reference(
     rows that `total` steps come to."""
     if recipe.method.name not in REFERENCED:
         return list(rows), list(held)
-    places = sorted(set(itertools.chain.from_iterable(step_places(rows, recipe, 0, total))))
+    places = places_of(recipe, rows, total)
     found = reference.attached(model, [*(rows[place] for place in places), *held], choice, console)
     out = list(rows)
     for place, row in zip(places, found, strict=False):

@@ -13,8 +13,8 @@ import numpy as np
 
 from tunelet.data.examples import Tokens
 from tunelet.models.device import Choice
-from tunelet.recipe import Recipe, TrainSection
-from tunelet.train import energy, loop, step
+from tunelet.recipe import PREFERENCE, REFERENCED, Recipe
+from tunelet.train import energy, loop, reference, step
 from tunelet.train.cost import Batches, Cost, filled
 
 MOST_ROWS = 50_000  # rows looked at one by one; of a longer training evenly spread steps stand for all
@@ -37,6 +37,7 @@ class Work:
     evaluation: Batches | None
     evaluations: int
     checkpoints: int
+    reference: Batches | None = None  # of the pass under the start model, where the method measures from there
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,15 @@ def work(recipe: Recipe, train_rows: Sequence[Tokens], eval_rows: Sequence[Token
         evaluation=Batches.of(held_out) if held_out else None,
         evaluations=2 + between if held_out else 0,
         checkpoints=-(-total // settings.save_steps) if settings.save_steps else 1,
+        reference=_reference(recipe, train_rows, eval_rows, total),
     )
+
+
+def _reference(recipe: Recipe, train_rows: Sequence[Tokens], eval_rows: Sequence[Tokens], total: int) -> Batches | None:
+    if recipe.method.name not in REFERENCED:
+        return None
+    rows = [*(train_rows[place] for place in loop.places_of(recipe, train_rows, total)), *eval_rows]
+    return Batches.of([[rows[place] for place in places] for places in reference.batches(rows)])
 
 
 def predict(
@@ -107,7 +116,7 @@ def predict(
     return Prediction(
         seconds=total,
         peak_mb=peak,
-        disk_mb=_disk_mb(recipe.train, cost, todo, stored_bytes),
+        disk_mb=_disk_mb(recipe, cost, todo, stored_bytes),
         energy_wh=cost.watts * total / 3600 if cost.watts is not None else spent["energy_wh"],
         energy_kind="measured" if measured else "estimated",
         tokens=round(int(todo.train.tokens.sum()) / todo.share),
@@ -128,7 +137,12 @@ def _seconds(cost: Cost, todo: Work, disk_mb_per_second: float, processes: int) 
         const, each = cost.evaluation_rest
         held_out = todo.evaluation
         evaluation = float((held_out.cost(cost.evaluation_layers) + const + each * held_out.targets).sum())
+    before = 0.0
+    if todo.reference:
+        const, each = cost.evaluation_rest
+        before = float((todo.reference.cost(cost.evaluation_layers) + const + each * todo.reference.targets).sum())
     return {
+        **({"reference": before / processes} if before else {}),
         "forward and backward": float(step_seconds(cost, todo.train, todo.several).sum()) / todo.share / processes,
         "optimizer": cost.seconds_update * todo.steps,
         "evaluation": evaluation * todo.evaluations / processes,
@@ -166,9 +180,10 @@ def _memory(cost: Cost, todo: Work, base_mb: float, choice: Choice) -> dict[str,
     return {name: size * choice.processes for name, size in parts.items()}
 
 
-def _disk_mb(settings: TrainSection, cost: Cost, todo: Work, stored_bytes: int | None) -> float:
+def _disk_mb(recipe: Recipe, cost: Cost, todo: Work, stored_bytes: int | None) -> float:
+    settings, guarded = recipe.train, recipe.method.name in PREFERENCE and recipe.method.guard == "stop"
     weight = 4 if settings.optimizer_state == "float32" else cost.bytes_gradients // max(1, cost.trained)
     kept = min(todo.checkpoints, settings.keep_checkpoints) * cost.bytes_checkpoint
-    kept += cost.trained * weight if settings.early_stopping else 0
+    kept += cost.trained * weight if settings.early_stopping or (guarded and todo.evaluation) else 0
     saved = cost.trained * weight if stored_bytes is None else cost.parameters * stored_bytes
     return (kept + saved) / 1e6 + OTHER_FILES_MB

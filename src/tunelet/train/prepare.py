@@ -81,7 +81,7 @@ def prepare(recipe: Recipe, folder: Path | None = None) -> Prepared:
         lost: Counter[str] = Counter()
     else:
         train_rows, lost, said = _tokens(renderer, examples, data.max_length)
-        eval_rows, _, said_too = _tokens(renderer, eval_examples, data.max_length)
+        eval_rows, _, said_too = _tokens(renderer, eval_examples, data.max_length, beside=examples)
         findings += [*said, *said_too, *renderer.findings()]
         from tunelet.data import doctor
 
@@ -229,24 +229,28 @@ def _windows(renderer: Renderer, examples: Sequence[Example], length: int) -> li
 
 
 def _tokens(
-    renderer: Renderer, examples: Sequence[Example], length: int
+    renderer: Renderer, examples: Sequence[Example], length: int, beside: Sequence[Example] = ()
 ) -> tuple[list[Tokens], Counter[str], list[Finding]]:
-    """Rows rendered and cut, in the order of the examples; how many were lost by which reason; what is to be said."""
+    """Rows rendered and cut, in the order of the examples; how many were lost by which reason; what is to be said.
+    beside: what held-out rows with verdicts may borrow an answer to another prompt from."""
     findings: list[Finding] = []
+    verdicts = [example for example in examples if isinstance(example, Labelled)]
 
     def of(kind: type) -> list[Any]:
         return [example for example in examples if isinstance(example, kind)]
 
     made = renderer.chats(of(Chat), findings) if of(Chat) else []
     made += branches.pairs(renderer, of(Preference), findings) if of(Preference) else []
-    made += branches.labelled(renderer, of(Labelled), findings) if of(Labelled) else []
+    if verdicts:
+        others = [example for example in beside if isinstance(example, Labelled)]
+        made += branches.labelled(renderer, verdicts, findings, others)
     if of(Text):
         made = _in_order(examples, [*made, *renderer.texts(of(Text))])
     lost = Counter(finding.kind for finding in findings)
     rows: list[Tokens] = []
     for row in made:
         if row.branches:
-            short, finding = branches.cut(row, length)
+            short, finding = branches.cut(row, length, compared=not verdicts)
         else:
             short = cut(row, length)
             finding = truncation(row, short, length)

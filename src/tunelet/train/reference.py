@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -49,7 +50,7 @@ def compute(model: Any, rows: Sequence[Tokens], on: str) -> list[list[float]]:
     world = distributed.world()
     sizes = [max(1, len(row.branches)) for row in rows]
     out = torch.zeros(len(rows), max(sizes), dtype=torch.float64)
-    for number, places in enumerate(_batches(rows)):
+    for number, places in enumerate(batches(rows)):
         if number % world.size == world.rank:
             scored = iter(sequences.scored(model, pack.make_batch([rows[place] for place in places]).to(on)))
             for place in places:
@@ -58,7 +59,7 @@ def compute(model: Any, rows: Sequence[Tokens], on: str) -> list[list[float]]:
     return [line[:size] for line, size in zip(out.tolist(), sizes, strict=True)]
 
 
-def _batches(rows: Sequence[Tokens]) -> list[list[int]]:
+def batches(rows: Sequence[Tokens]) -> list[list[int]]:
     """Places of rows, those of similar length together."""
     out: list[list[int]] = []
     held = 0
@@ -92,8 +93,10 @@ def _read(file: Any, rows: Sequence[Tokens]) -> list[list[float]] | None:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    fits = isinstance(found, list) and [len(of) for of in found] == [max(1, len(row.branches)) for row in rows]
-    return found if fits else None
+    if not (isinstance(found, list) and all(isinstance(of, list) for of in found)):
+        return None
+    fits = [len(of) for of in found] == [max(1, len(row.branches)) for row in rows]
+    return found if fits and all(isinstance(x, float) and math.isfinite(x) for of in found for x in of) else None
 
 
 def _keep(file: Any, found: list[list[float]]) -> None:

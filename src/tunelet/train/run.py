@@ -17,7 +17,7 @@ from tunelet.errors import TuneletError
 from tunelet.recipe import PREFERENCE, Recipe
 from tunelet.recipe_text import resolved
 from tunelet.runs import history, lock, report
-from tunelet.runs.record import RESOLVED, Run, check_folder, is_run, must_be_free
+from tunelet.runs.record import RESOLVED, STAGES, Run, check_folder, is_run, must_be_free
 from tunelet.train import defaults, energy, follow, guard
 from tunelet.train.progress import Interrupted
 
@@ -126,7 +126,14 @@ def _gone_if_nothing_done(folder: Path) -> Iterator[None]:
         yield
     except TuneletError as error:
         if error.exit_code == 2 and not any((folder / name).exists() for name in WORK):
-            shutil.rmtree(folder)
+            for path in folder.iterdir():
+                if path.name != STAGES:  # what was trained before this one stays
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            with contextlib.suppress(OSError):  # not empty
+                folder.rmdir()
+                if folder.parent.name == STAGES:
+                    folder.parent.rmdir()
+                    folder.parent.parent.rmdir()
         raise
 
 

@@ -40,16 +40,19 @@ class Watch:
 
     @classmethod
     def of(cls, recipe: Recipe, model: Any, tokenizer: Any, eval_rows: Sequence[Tokens]) -> Watch | None:
-        """None where the method compares no answers, nothing is held out, or the guard is off."""
+        """None where the method compares no answers, the guard is off, or no held-out prompt leaves room to answer."""
         if recipe.method.name not in PREFERENCE or recipe.method.guard == "off" or not eval_rows:
             return None
         from tunelet.data.render import Renderer
         from tunelet.infer.engine import TorchEngine
 
-        some = eval_rows[:: max(1, len(eval_rows) // PROMPTS)][:PROMPTS]
+        engine = TorchEngine(model, tokenizer, Renderer(tokenizer))
+        fit = [row for row in eval_rows if not engine.max_length or row.branches[0] < engine.max_length]
+        if not fit:
+            return None
+        some = fit[:: max(1, len(fit) // PROMPTS)][:PROMPTS]
         prompts = [list(row.ids[: row.branches[0]]) for row in some]
         longest = max(row.only(0).trained for row in some)
-        engine = TorchEngine(model, tokenizer, Renderer(tokenizer))
         room = engine.max_length - max(map(len, prompts)) if engine.max_length else MOST_TOKENS
         new = max(1, min(MOST_TOKENS, max(8, 2 * longest), room))
         watch = cls(recipe, engine, prompts, new, [])
