@@ -3,57 +3,15 @@
 from __future__ import annotations
 
 import re
-from html.parser import HTMLParser
 
 import pytest
+from pages import EVIL, Page, answer, check_commands
 
 from tunelet.errors import TuneletError
 from tunelet.evals.stats import wilson
 from tunelet.recipe import Recipe
-from tunelet.runs import charts, report
+from tunelet.runs import charts, report, report_sides, report_words
 from tunelet.runs.record import Run
-
-EVIL = "<script>alert(1)</script><img src='http://evil.example/x.png'>"
-VOID = {"meta", "br", "hr", "img", "link", "input"}
-
-
-class Page(HTMLParser):
-    """Tags, attributes and text of a page; fails on tags that are not closed in order."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict]] = []
-        self.words: list[str] = []
-        self.style = ""
-        self.feed(text)
-        assert self.open == []
-        self.text = re.sub(r"\s+", " ", " ".join(self.words))
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] == "style":
-            self.style += data
-        else:
-            self.words.append(data)
-
-
-def answer(item, kind, language, text, right):
-    return {
-        "item": item, "type": kind, "language": language, "messages": [{"role": "user", "content": f"ask {item}"}],
-        "expected": "{}", "answer": text, "stopped": right, "tokens": 7, "executed": right, "exact": right,
-        "refused": False, "problem": "" if right else "not JSON",
-    }  # fmt: skip
 
 
 @pytest.fixture
@@ -138,10 +96,17 @@ def test_all_figures_stand_in_it(run):
 
 
 def test_answers_stand_side_by_side_and_some_of_each_kind(run):
-    told = report._answers(run)
-    assert len(told["pairs"]) == report.SHOWN and len(told["wrong"]) == 3 and told["wrong_count"] == 3
-    assert [side["side"] for side in told["pairs"][0]["sides"]] == ["before", "after"]
+    told = report_sides.answers(report_sides.sides(run, []))
+    assert len(told["pairs"]) == report_sides.SHOWN and len(told["wrong"]) == 3 and told["wrong_count"] == 3
+    assert [side["title"] for side in told["pairs"][0]["sides"]] == ["before", "after"]
     assert {pair["kind"] for pair in told["pairs"]} == {"command en", "command ko"}
+
+
+def test_a_tuning_without_comparisons_says_nothing_of_them(run):
+    page = Page(report.html(run))
+    assert "Supervised fine-tuning of starter on 1,000 rows of chats.jsonl: 1,000 steps in 1 min 50 s." in page.text
+    for word in ("What happened", "guard", "preference", "at the start", "stage", "See also"):
+        assert word not in page.text.split("Recipe")[0], word
 
 
 @pytest.mark.parametrize("stage", ["created", "failed", "before only", "trained"])
@@ -159,34 +124,27 @@ def test_every_run_has_a_page(tmp_path, run, stage):
     page = Page(report.html(bare))
     if stage == "failed":
         assert "It broke." in page.text and "<b>because</b>" in page.text and "fix: mend it" in page.text
-    assert ("tunelet train --resume" in page.text) == (stage != "trained")
+    assert ("tunelet train --resume" in page.text) == (stage in ("created", "failed"))
+    assert ("tunelet align" in page.text and f"--out {bare.folder}" in page.text) == (stage == "before only")
     assert ("tunelet chat" in page.text) == (stage == "trained")
 
 
 def test_commands_of_what_next_are_commands(run):
-    """Every command the page advises is one the command line takes: its verb exists and knows the options."""
-    import shlex
-
-    from typer.main import get_command
-
-    from tunelet.cli import app
-
-    run.recipe()
     bad = wilson(3, 200).as_dict()
     for step, loss in ((300, 0.1), (400, 0.9)):
         run.log({"step": step, "held_out_loss": loss})
     for recipe in (Recipe(), Recipe.model_validate({"data": {"train": ["chats.jsonl"]}})):
         for metrics in ({}, {"stop_rate": bad}):
-            for _, commands in report._next(run, recipe, metrics):
-                for line in commands.splitlines():
-                    words = shlex.split(line)
-                    assert words.pop(0) == "tunelet"
-                    command = get_command(app)
-                    while words and words[0] in getattr(command, "commands", {}):
-                        command = command.commands[words.pop(0)]
-                    assert not getattr(command, "commands", None), line
-                    known = {option for parameter in command.params for option in parameter.opts}
-                    assert {word for word in words if word.startswith("--")} <= known, line
+            told = report_words.following(run, recipe, [], metrics)
+            assert len(told) >= 4
+            for _, commands in told:
+                check_commands(commands)
+
+
+def test_a_folder_with_a_space_is_quoted(tmp_path):
+    run = Run.create(tmp_path / "my run", Recipe(name="bare"))
+    ((_, line),) = report_words.following(run, run.recipe(), [], {})
+    assert line == f"tunelet train --resume '{run.folder}'"
 
 
 def test_ticks_and_numbers():
@@ -211,5 +169,20 @@ def test_ticks_and_numbers():
 
 
 def test_whiskers_stay_inside():
-    svg = str(charts.whiskers("a < b", {"value": 0.0, "low": -0.1, "high": 0.5, "n": 3}, None))
-    assert 'x1="0.00%"' in svg and 'x2="50.00%"' in svg and "a &lt; b" in svg and "after" not in svg
+    found = {"value": 0.0, "low": -0.1, "high": 0.5, "n": 3}
+    svg = str(charts.whiskers("a < b", [("before", "at <start>", found), ("after", "later", None)]))
+    assert 'x1="0.00%"' in svg and 'x2="50.00%"' in svg and "a &lt; b: at &lt;start&gt;" in svg and "later" not in svg
+    three = [(key, key, found) for key in ("before", "between", "after")]
+    heights = [int(re.search(r'height="(\d+)"', str(charts.whiskers("a", three[:many])))[1]) for many in (2, 3)]
+    assert heights == [32, 46]
+    places = [int(y) for y in re.findall(r'cy="(\d+)"', str(charts.whiskers("a", three)))]
+    assert places == [9, 23, 37]
+
+
+def test_marks_stand_where_something_was_said():
+    line = charts.Curve("a", [(0, 1.0), (10, 2.0)])
+    marks = [charts.Mark(5, "warn", "b < c"), charts.Mark(10, "stop", "d"), charts.Mark(99, "warn", "outside")]
+    chart = charts.curves("one", [line], marks=marks)
+    assert chart.marks == ["warn", "stop"] and "outside" not in chart.svg
+    assert '<line class="mark warn" x1="50.00" x2="50.00"' in chart.svg and "<title>b &lt; c</title>" in chart.svg
+    assert "a from 1 to 2 at step 10; at step 5: b &lt; c; at step 10: d" in chart.svg

@@ -18,27 +18,28 @@ POINTS = 400  # a curve has at most so many; more cannot be told apart on paper
 Point = tuple[float, float]
 
 
-def whiskers(name: str, before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> Markup:
-    """One metric between 0 and 1: before above, after below, each a dot with its interval. x runs in per cent of the
-    width.
+def whiskers(name: str, sides: Sequence[tuple[str, str, Mapping[str, Any] | None]]) -> Markup:
+    """One metric between 0 and 1, a row for each of `sides` (class, title, figure or None): a dot with its interval.
+    x runs in per cent of the width.
     """
-    out = []
-    for side, figure, y in (("before", before, 9), ("after", after, 23)):
+    height, out = 4 + 14 * len(sides), []
+    for place, (kind, _, figure) in enumerate(sides):
         if figure is None:
             continue
         low, value, high = (100 * min(1.0, max(0.0, figure[key])) for key in ("low", "value", "high"))
+        y = 9 + 14 * place
         out.append(
-            f'<line class="{side}" x1="{low:.2f}%" x2="{high:.2f}%" y1="{y}" y2="{y}"/>'
-            f'<circle class="{side}" cx="{value:.2f}%" cy="{y}" r="5"/>'
+            f'<line class="{kind}" x1="{low:.2f}%" x2="{high:.2f}%" y1="{y}" y2="{y}"/>'
+            f'<circle class="{kind}" cx="{value:.2f}%" cy="{y}" r="5"/>'
         )
-    grid = "".join(f'<line class="grid" x1="{x}%" x2="{x}%" y1="0" y2="32"/>' for x in (0, 25, 50, 75, 100))
+    grid = "".join(f'<line class="grid" x1="{x}%" x2="{x}%" y1="0" y2="{height}"/>' for x in (0, 25, 50, 75, 100))
     said = ", ".join(
-        f"{side} {figure['value']:.1%} ({figure['low']:.1%} to {figure['high']:.1%})"
-        for side, figure in (("before", before), ("after", after))
+        f"{title} {figure['value']:.1%} ({figure['low']:.1%} to {figure['high']:.1%})"
+        for _, title, figure in sides
         if figure is not None
     )
-    return Markup('<svg class="whiskers" width="100%" height="32" role="img" aria-label="{}: {}">{}</svg>').format(
-        name, said, Markup(grid + "".join(out))
+    return Markup('<svg class="whiskers" width="100%" height="{}" role="img" aria-label="{}: {}">{}</svg>').format(
+        height, name, said, Markup(grid + "".join(out))
     )
 
 
@@ -52,17 +53,28 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class Mark:
+    """A place on the x axis at which something was said; kind is its class ("warn" or "stop")."""
+
+    x: float
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True)
 class Chart:
-    """A drawn chart: `svg` fills the plot's box, ticks are (text, per cent from the left or the bottom)."""
+    """A drawn chart: `svg` fills the plot's box, ticks are (text, per cent from the left or the bottom). marks: kinds
+    of the marks in it."""
 
     title: str
     svg: Markup
     x_ticks: list[tuple[str, float]]
     y_ticks: list[tuple[str, float]]
     names: list[str]
+    marks: list[str]
 
 
-def curves(title: str, lines: Sequence[Curve], *, from_zero: bool = False) -> Chart | None:
+def curves(title: str, lines: Sequence[Curve], *, from_zero: bool = False, marks: Sequence[Mark] = ()) -> Chart | None:
     """Lines over the same axes; None where none of them has two points to join or one dot to show."""
     lines = [Curve(line.name, thin(line.points), line.dots) for line in lines]
     lines = [line for line in lines if len(line.points) > (0 if line.dots else 1)]
@@ -74,11 +86,16 @@ def curves(title: str, lines: Sequence[Curve], *, from_zero: bool = False) -> Ch
     y_ticks = ticks(0.0 if from_zero else min(ys), max(ys))
     left, right = min(0.0, *xs), max(*xs, left_of(xs))
     bottom, top = min(y_ticks[0], *ys), max(y_ticks[-1], *ys)
+    marks = [mark for mark in marks if left <= mark.x <= right]
+    spoken_of = [spoken(line) for line in lines] + [f"at step {number(mark.x)}: {mark.text}" for mark in marks]
     drawn = ['<svg class="plot" viewBox="0 0 100 100" preserveAspectRatio="none" role="img" aria-label="']
-    drawn.append(str(escape(f"{title}: {'; '.join(spoken(line) for line in lines)}")) + '">')
+    drawn.append(str(escape(f"{title}: {'; '.join(spoken_of)}")) + '">')
     for y in y_ticks:
         at = 100 - share(y, bottom, top)
         drawn.append(f'<line class="grid" x1="0" x2="100" y1="{at:.2f}" y2="{at:.2f}"/>')
+    for mark in marks:
+        at, text = f"{share(mark.x, left, right):.2f}", escape(mark.text)
+        drawn.append(f'<line class="mark {mark.kind}" x1="{at}" x2="{at}" y1="0" y2="100"><title>{text}</title></line>')
     for place, line in enumerate(lines):
         places = [(share(x, left, right), 100 - share(y, bottom, top)) for x, y in line.points]
         path = " ".join(f"{x:.2f},{y:.2f}" for x, y in places)
@@ -95,6 +112,7 @@ def curves(title: str, lines: Sequence[Curve], *, from_zero: bool = False) -> Ch
         [(number(x), share(x, left, right)) for x in x_ticks if left <= x <= right],
         [(number(y), share(y, bottom, top)) for y in y_ticks],
         [line.name for line in lines],
+        list(dict.fromkeys(mark.kind for mark in marks)),
     )
 
 
