@@ -110,10 +110,11 @@ def before(recipe: Recipe, parameters: int) -> list[Remark]:
     return out
 
 
-def judge(recipe: Recipe, first: Mapping[str, float], now: Mapping[str, float]) -> list[Remark]:
+def judge(recipe: Recipe, parameters: int, first: Mapping[str, float], now: Mapping[str, float]) -> list[Remark]:
     """What held-out figures say, against those of the start; names as in the log (train/watch.py, methods/pairs.py)."""
     name, rate = recipe.method.name, recipe.train.learning_rate
-    slower = f"--set train.learning_rate={rate / 3:.1e}"
+    known = rates(name, recipe.adapter.kind, parameters)
+    slower = f"--set train.learning_rate={min(rate / 3, known.high if known else rate):.1e}"
     closer = f"--set method.beta={recipe.method.beta * 3:g}"
     keep = "--set method.rpo_alpha=1 (keeps the chosen answers' probability up)"
     out: list[Remark] = []

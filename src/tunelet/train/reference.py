@@ -73,7 +73,8 @@ def batches(rows: Sequence[Tokens]) -> list[list[int]]:
 
 
 def digest(model: Any, rows: Sequence[Tokens], choice: Choice) -> str:
-    """Of all that decides the figures: every weight, every token and target, device, dtype, threads and versions."""
+    """Of all that decides the figures: every weight, the config, scales of adapters, every token and target, device,
+    dtype, threads and versions."""
     out = hashlib.sha256()
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         out.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
@@ -83,6 +84,8 @@ def digest(model: Any, rows: Sequence[Tokens], choice: Choice) -> str:
         out.update(json.dumps([list(map(int, row.ids)), list(map(int, row.mask)), row.branches]).encode())
     told = {key: value for key, value in asdict(choice).items() if key != "reasons"}
     told |= {name: version(name) for name in ("torch", "transformers")} | {"batch": BATCH_TOKENS}
+    told["config"] = {key: value for key, value in model.config.to_dict().items() if not key.startswith("_")}
+    told["scales"] = [getattr(module, "scaling", None) for module in model.modules()]
     out.update(json.dumps(told, sort_keys=True, default=str).encode())
     return out.hexdigest()[:32]
 

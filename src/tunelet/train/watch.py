@@ -34,6 +34,7 @@ class Watch:
     prompts: list[list[int]]
     new_tokens: int
     answers: list[Tokens]
+    parameters: int
     start: float = 0.0
     first: dict[str, float] = field(default_factory=dict)
     said: set[str] = field(default_factory=set)
@@ -55,7 +56,7 @@ class Watch:
         longest = max(row.only(0).trained for row in some)
         room = engine.max_length - max(map(len, prompts)) if engine.max_length else MOST_TOKENS
         new = max(1, min(MOST_TOKENS, max(8, 2 * longest), room))
-        watch = cls(recipe, engine, prompts, new, [])
+        watch = cls(recipe, engine, prompts, new, [], sum(p.numel() for p in model.parameters()))
         sampled = engine.generate(prompts, max_new_tokens=new, temperature=1.0, seed=recipe.train.seed)
         for prompt, answer, row in zip(prompts, sampled, some, strict=True):
             ids = (*prompt, *answer.ids)
@@ -92,7 +93,7 @@ class Watch:
         if not self.first:
             self.first = dict(told)
             return []
-        found = guard.judge(self.recipe, self.first, told)
+        found = guard.judge(self.recipe, self.parameters, self.first, told)
         if self.recipe.method.guard == "warn":
             found = [guard.Remark(one.kind, "warn", one.text, one.fix) for one in found]
         new = [one for one in found if one.severity == "stop" or one.kind not in self.said]
