@@ -38,20 +38,31 @@ def run(options: Namespace) -> int:
     return 0
 
 
+def _maker(content: dict[str, Any]) -> str:
+    """The CPU's name, as short as it can be told apart."""
+    return " ".join(content["machine"]["cpu"].replace("(R)", "").split()[:2])
+
+
 def step(trains: list[dict[str, Any]], path: Path) -> None:
     """Two rows of bars: rate and peak of memory of every contestant, a group for each results file."""
     from matplotlib import pyplot as plt
 
-    trains = sorted(trains, key=lambda one: (one["method"] != "sft", one["work"]["rows"], one["work"]["set"]))
+    trains = sorted(
+        trains, key=lambda one: (one["machine"]["cpu"], one["method"] != "sft", one["work"]["rows"], one["work"]["set"])
+    )
+    shown: set[str] = set()
     figure, axes = plt.subplots(1, 2, figsize=(11, 0.9 + 1.05 * len(trains)), sharey=True)
     labels = []
     for at, content in enumerate(trains):
         names = list(content["contestants"])
         compiled = ", compiled" if "train.compile=true" in content["work"]["set"] else ""
-        labels.append(f"{report.METHODS[content['method']]}\n{content['work']['rows']} rows{compiled}")
+        labels.append(
+            f"{report.METHODS[content['method']]}\n{content['work']['rows']} rows{compiled}\n{_maker(content)}"
+        )
         for place, name in enumerate(names):
             got, y = content["contestants"][name], at + (place - (len(names) - 1) / 2) * 0.27
-            label = report.NAMES[name] if at == 0 else None
+            label = None if name in shown else report.NAMES[name]
+            shown.add(name)
             rate, share, gb = got["tokens_per_cpu_second"], 100 * got["gemm_fraction"], got["peak_mb"] / 1000
             axes[0].barh(y, rate, 0.25, color=COLOURS[name], label=label)
             axes[0].text(rate, y, f" {rate:,.0f} ({share:.0f} %)", va="center", fontsize=8)

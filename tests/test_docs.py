@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import re
 import shlex
@@ -17,6 +18,8 @@ from tunelet import cli, starter
 ROOT = Path(__file__).resolve().parents[1]
 READMES = ["README.md", "README.ko.md"]
 SCALE = ["docs/scale.md", "docs/scale.ko.md"]  # its commands are run by train/test_distributed.py
+PREFERENCE = ["docs/preference.md", "docs/preference.ko.md"]
+COMPARING = ("dpo", "orpo", "simpo", "kto")  # in the order of its tables' columns
 needs_base = pytest.mark.skipif(
     not (starter.BASE / "model.safetensors").is_file(), reason="the shipped base model is not here"
 )
@@ -34,6 +37,11 @@ def blocks(name: str) -> list[list[str]]:
 
 def inline(name: str) -> list[str]:
     return re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text(name), flags=re.S))
+
+
+def tables(name: str) -> list[list[str]]:
+    """The cells of every row of every table."""
+    return [[cell.strip() for cell in row.split("|")] for row in re.findall(r"^\| (.*) \|$", text(name), flags=re.M)]
 
 
 def commands(group) -> list[tuple[str, ...]]:
@@ -70,6 +78,30 @@ def workplace(tmp_path, monkeypatch, tiny_model_folder) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def comparing(workplace) -> Path:
+    """With what docs/preference.md assumes: PAIRS.jsonl, HELD_OUT.jsonl, VERDICTS.jsonl, JUDGE, and its recipes."""
+
+    def write(name: str, rows: list[dict]) -> None:
+        (workplace / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    pairs = [
+        {"prompt": f"Is lamp {n} on?", "chosen": f"Lamp {n} is on.", "rejected": f"I'd rather not talk of lamp {n}."}
+        for n in range(40)
+    ]
+    write("PAIRS.jsonl", pairs[:30])
+    write("HELD_OUT.jsonl", pairs[30:33])
+    write(
+        "VERDICTS.jsonl",
+        [{"prompt": pair["prompt"], "completion": pair[key], "label": key == "chosen"}
+         for pair in pairs[:15] for key in ("chosen", "rejected")],
+    )  # fmt: skip
+    shutil.copytree(workplace / "MODEL", workplace / "JUDGE")
+    for recipe in re.findall(r"```toml\n(.*?)```", text(PREFERENCE[0]), flags=re.S):
+        (workplace / recipe.partition("\n")[0].removeprefix("# ")).write_text(recipe)
+    return workplace
+
+
 def run(line: str, monkeypatch) -> None:
     """Run a documented command; trainings take one step, conversations end at once."""
     program, *args = shlex.split(line)
@@ -95,7 +127,75 @@ def test_the_starters_rows(workplace, monkeypatch):
         run(line, monkeypatch)
 
 
-@pytest.mark.parametrize("name", [*READMES, *SCALE])
+def test_comparisons_end_to_end(comparing, monkeypatch):
+    for line in itertools.chain(*blocks(PREFERENCE[0])):
+        if "starter" not in line:
+            run(line, monkeypatch)
+    for name in ("my-dpo", "both"):
+        assert "What happened to the model" in (comparing / "runs" / name / "report.html").read_text(encoding="utf-8")
+
+
+@needs_base
+def test_comparisons_without_pairs_at_hand(workplace, monkeypatch):
+    (line,) = (line for line in itertools.chain(*blocks(PREFERENCE[0])) if "starter" in line)
+    run(line, monkeypatch)
+    assert (workplace / "runs" / "starter-orpo" / "report.html").is_file()
+
+
+@pytest.mark.parametrize("name", PREFERENCE)
+def test_formats_of_pairs_are_read_as_shown(name, tmp_path):
+    from tunelet.data import doctor, formats
+
+    shown = [part for part in inline(name) if part.startswith("{")]
+    assert len(shown) == 7
+    for number, row in enumerate(shown):
+        file = tmp_path / f"{number}.jsonl"
+        file.write_text(row + "\n", encoding="utf-8")
+        loaded = formats.load([str(file)], want="labelled" if 'completion"' in row else "preference")
+        assert loaded.examples and not [*loaded.findings, *doctor.check(loaded.examples)], row
+
+
+@pytest.mark.parametrize("name", PREFERENCE)
+def test_settings_are_those_of_the_code(name):
+    from tunelet.train import defaults, guard
+
+    found = [
+        [[float(number) for number in re.findall(r"\d+(?:\.\d+)?(?:e-\d+)?", cell)] for cell in row[1:]]
+        for row in tables(name)
+        if len(row) == 5 and all("(" in cell and "]" not in cell for cell in row[1:])
+    ]
+    expected = []
+    for parameters in (5_000_000, 135_000_000, 1_700_000_000):
+        known = [guard.rates(method, "none", parameters) for method in COMPARING]
+        chosen = [defaults.learning_rate(method, "none", parameters, False)[0] for method in COMPARING]
+        expected.append([[rate, of.low, of.high] for rate, of in zip(chosen, known, strict=True)])
+    betas = [guard.BETAS[method] for method in COMPARING]
+    expected.append(
+        [[defaults.beta(method, "sigmoid"), of.low, of.high] for method, of in zip(COMPARING, betas, strict=True)]
+    )
+    assert found == expected
+
+
+@pytest.mark.parametrize("name", PREFERENCE)
+def test_what_is_told_of_pairs_is_there(name):
+    """Findings, figures, metrics, losses, keys: all names are the code's; every rule of the guard is told."""
+    from tunelet.recipe import MethodSection, Recipe
+    from tunelet.recipe_io import values
+    from tunelet.runs.report_preference import KINDS
+
+    told = set(inline(name))
+    assert set(KINDS) <= told
+    assert set(MethodSection.model_json_schema()["properties"]["loss_type"]["enum"]) <= told
+    code = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "src" / "tunelet").rglob("*.py"))
+    names = {part.removeprefix("held_out/") for part in told if re.fullmatch(r"(?!runs/)[a-z]+(?:[_/][a-z]+)+", part)}
+    assert len(names) > 25
+    for part in names:
+        assert f'"{part}"' in code or f"{part}:" in code, part
+    keys = {part for part in told if re.fullmatch(r"(?:method|model|data|train)\.[a-z_]+", part)}
+    assert keys <= set(values(Recipe()))
+
+
+@pytest.mark.parametrize("name", [*READMES, *SCALE, *PREFERENCE])
 def test_every_block_is_run_or_checked(name):
     for block in blocks(name):
         for line in block:
@@ -109,7 +209,7 @@ def test_every_block_is_run_or_checked(name):
                 assert told.returncode == 0, told.stderr
 
 
-@pytest.mark.parametrize("names", [READMES, SCALE], ids=["readme", "scale"])
+@pytest.mark.parametrize("names", [READMES, SCALE, PREFERENCE], ids=["readme", "scale", "preference"])
 def test_both_languages_have_the_same_commands(names):
     assert [[re.sub(r'"[^"]*"', '""', line) for line in block] for block in blocks(names[0])] == [
         [re.sub(r'"[^"]*"', '""', line) for line in block] for block in blocks(names[1])
@@ -123,6 +223,8 @@ def test_both_languages_have_the_same_commands(names):
     assert headings[0] == headings[1]
     rows = [text(name).count("\n|") for name in names]
     assert rows[0] == rows[1], "tables of different length"
+    figures = [set(re.findall(r"\d+(?:[.,]\d+)+|\d+e-\d+", text(name))) for name in names]
+    assert figures[0] == figures[1]
 
 
 @pytest.mark.parametrize("name", READMES)
@@ -132,7 +234,7 @@ def test_every_verb_is_in_the_table(name):
         assert f"tunelet {verb[0]}" in told and verb[-1] in told, verb
 
 
-@pytest.mark.parametrize("name", [*READMES, *SCALE, "CONTRIBUTING.md"])
+@pytest.mark.parametrize("name", [*READMES, *SCALE, *PREFERENCE, "CONTRIBUTING.md"])
 def test_flags_and_files_named_exist(name):
     known = options() | {"--help", "--find-links", "--nproc-per-node", "--shutdown-timeout"}  # the last are torchrun's
     for part in inline(name):

@@ -46,7 +46,7 @@ def _main(
 
 app.command("demo", short_help="Align the shipped model; show before and after.")(train.demo)
 app.command("align", short_help="From a recipe to a report: before and after.")(train.align)
-app.command("train", short_help="Train a model: pretrain or sft.")(train.train)
+app.command("train", short_help="Train a model: sft, dpo, orpo, ...")(train.train)
 app.command("plan", short_help="How long will it take, and will it fit?")(plan.plan)
 app.add_typer(data.app, name="data")
 app.command("eval", short_help="Score a model or a run, with intervals.")(results.evaluate)

@@ -27,7 +27,7 @@ from tunelet.errors import TuneletError
 
 def plan(
     recipe: Annotated[
-        list[str] | None, typer.Argument(metavar="RECIPE", help="A recipe file, or a method: pretrain or sft.")
+        list[str] | None, typer.Argument(metavar="RECIPE", help="A recipe file, or a method: sft, dpo, ...")
     ] = None,
     model: Model = None,
     data: Data = None,

@@ -63,7 +63,7 @@ def init(
     data: Data = None,
     columns: Columns = None,
     adapter: Adapter = None,
-    method: Annotated[str, typer.Option(metavar="METHOD", help="pretrain or sft.")] = "sft",
+    method: Annotated[str, typer.Option(metavar="METHOD", help="pretrain, sft, dpo, orpo, simpo or kto.")] = "sft",
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", help="Where to write it. Default: print it.")
     ] = None,

@@ -48,7 +48,9 @@ def align(
 
 
 def train(
-    method: Annotated[str | None, typer.Argument(metavar="METHOD", help="pretrain or sft.")] = None,
+    method: Annotated[
+        str | None, typer.Argument(metavar="METHOD", help="pretrain, sft, dpo, orpo, simpo or kto.")
+    ] = None,
     recipe: Annotated[str | None, typer.Option("--recipe", metavar="FILE", help="A recipe to start from.")] = None,
     model: Model = None,
     data: Data = None,
@@ -62,7 +64,8 @@ def train(
     ] = None,
     json_to: Json = None,
 ) -> None:
-    """Train a model: pretrain (plain text) or sft (conversations). The same command after a crash goes on.
+    """Train a model: on plain text (pretrain), conversations (sft), pairs of answers (dpo, orpo, simpo) or answers with
+    verdicts (kto). The same command after a crash goes on.
 
     Several processes or GPUs: torchrun --nproc-per-node N -m tunelet train ... (docs/scale.md).
     """
@@ -103,7 +106,7 @@ def _first(
         return
     if method is None and recipe is None:
         raise TuneletError(
-            "which method?", fix="tunelet train sft, tunelet train pretrain, or tunelet train --resume DIR"
+            "which method?", fix=f"tunelet train METHOD, one of {', '.join(METHODS)}, or tunelet train --resume DIR"
         )
     if method is not None and method not in METHODS:
         raise TuneletError(
