@@ -22,7 +22,7 @@ from tunelet.runs import record, report
 from tunelet.runs.record import Run
 from tunelet.train import energy
 from tunelet.train import run as training
-from tunelet.train.progress import duration
+from tunelet.train.progress import Interrupted, duration
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -78,9 +78,13 @@ def align(
                 held = held.joined(_prepared(made), *later)
                 continue
             checking = _telling(console, "Checking all rows")
-            with training.opened(made, stage.folder, where, checking) as (run, prepared):
-                held = held.joined(prepared, *later)
-                _steps(run, made, prepared, held, [before.folder for before in todo[: number - 1]], console)
+            try:
+                with training.opened(made, stage.folder, where, checking) as (run, prepared):
+                    held = held.joined(prepared, *later)
+                    _steps(run, made, prepared, held, [before.folder for before in todo[: number - 1]], console)
+            except Interrupted as stopped:
+                stopped.fix = "Go on with the same command."
+                raise
     record.check_folder(out, training.resolve(todo[-1].recipe, todo[-1].origins)[0])
     run = Run.open(out)
     summary = run.read_json(SUMMARY)

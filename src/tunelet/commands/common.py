@@ -5,10 +5,11 @@ Not for work: a verb hands its arguments on and prints what comes back.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -228,3 +229,14 @@ def open_engine(model: str, *, device: str, dtype: str, trust: bool, template: s
     loaded = load.load_model(model, choice, trust_remote_code=trust)
     load.check_tokenizer(loaded, tokenizer, model)
     return TorchEngine(loaded, tokenizer, renderer)
+
+
+@contextlib.contextmanager
+def bar(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on a terminal, nothing in a pipe: the figures follow."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as shown:
+        task = shown.add_task("", total=None)
+        yield lambda done, total: shown.update(task, completed=done, total=total)

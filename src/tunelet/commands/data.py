@@ -12,6 +12,7 @@ from tunelet.commands.common import (
     Columns,
     Json,
     Template,
+    bar,
     choice_of,
     column_map,
     free_file,
@@ -257,13 +258,12 @@ def _margins(
     examples: list[Any], model: str, template: str | None, max_length: int, console: Console
 ) -> tuple[Any, list[Any]]:
     """(renderer, doctor_pairs.margins) under a model."""
-    from tunelet.commands.results import _bar
     from tunelet.data import doctor_pairs
     from tunelet.evals.held_out import losses
 
     engine = open_engine(model, device="auto", dtype="auto", trust=False, template=template)
     length = min(filter(None, (max_length, engine.max_length)), default=0)
-    with _bar(console, "Scoring pairs") as progress:
+    with bar(console, "Scoring pairs") as progress:
         found = doctor_pairs.margins(
             examples, engine.renderer, lambda rows: losses(engine.model, rows), length, progress
         )

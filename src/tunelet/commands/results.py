@@ -5,9 +5,7 @@ Not for runs side by side (compare.py).
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +18,7 @@ from tunelet.commands.common import (
     Json,
     Template,
     Trust,
+    bar,
     choice_of,
     column_map,
     open_console,
@@ -119,7 +118,7 @@ def evaluate(
     def starter_items(engine: Any, what: str = "Answering") -> Any:
         from tunelet.evals import starter
 
-        with _bar(console, what) as progress:
+        with bar(console, what) as progress:
             return starter.evaluate(engine, items=items, seed=seed, progress=progress, **answering)
 
     def answers(engine: Any, of: str) -> list[Any]:
@@ -128,7 +127,7 @@ def evaluate(
         what = f"Answers of {of}"
         if on_starter:
             return starter_items(engine, what).items
-        with _bar(console, what) as progress:
+        with bar(console, what) as progress:
             once = list({repr(example.prompt): example for example in loaded}.values())
             return winrate.answers(engine, once, progress=progress, **answering)
 
@@ -240,7 +239,7 @@ def _pairs(
     for count, what in ((len(made) - len(rows), "left out: the answers' difference is cut off"), (cut, "cut short")):
         if count:
             console.print(f"{count} of {len(made)} pairs are longer than {length} tokens and {what}.", markup=False)
-    with _bar(console, "Pairs") as progress:
+    with bar(console, "Pairs") as progress:
         found = preference.scores(engine.model, rows, progress=progress)
     keys = ("logprob_chosen", "tokens_chosen", "logprob_rejected", "tokens_rejected")
     items = [
@@ -261,7 +260,7 @@ def _versus(
     both = [(a, b) for a, b in zip(first, second, strict=True) if a and b]
     answers = [[of["answer"] for of in side] for side in zip(*both, strict=True)] or [[], []]
     if judge:
-        with _bar(console, "Judging") as progress:
+        with bar(console, "Judging") as progress:
             said = judging.ask(judge, [a["messages"] for a, _ in both], *answers, progress=progress)
     else:
         said = [judging.by_grade(a, b) for a, b in both]
@@ -289,17 +288,6 @@ def _versus(
         for (a, b), judgement in zip(both, said, strict=True)
     ]
     return metrics, compared
-
-
-@contextlib.contextmanager
-def _bar(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on a terminal, nothing in a pipe: the figures follow."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def report(
