@@ -285,6 +285,7 @@ def _update(one: _Depth, max_grad_norm: float, device: str) -> None:
         with _timed(one.summing, device):
             for p in one.parameters:
                 optimizer.take(p)
+        optimizer.accumulating = False
         for bucket in optimizer.buckets:
             bucket.accumulated = None
         for p in one.parameters:

@@ -94,9 +94,9 @@ class _Bucket:
             return self.master[a:b]
         return _flat([p.detach() for p in self.parameters], a, b).to(torch.float32, copy=len(self.parameters) == 1)
 
-    def gradient(self, a: int, b: int, scale: float) -> torch.Tensor:
-        """fp32 [b - a]; parameters without a gradient in this step count as zero."""
-        if self.accumulated is not None:
+    def gradient(self, a: int, b: int, scale: float, summed: bool) -> torch.Tensor:
+        """fp32 [b - a]; parameters without a gradient in this step count as zero. summed: of several micro-batches."""
+        if summed:
             flat = self.accumulated[a:b].float()
         else:
             flat = _flat([torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters], a, b).float()
@@ -183,6 +183,7 @@ class AdamW:
     @torch.no_grad()
     def add_up(self, sum_over_processes: Callable[[torch.Tensor], None]) -> None:
         """The accumulated gradients become those of all processes; one that accumulated nothing counts as zero."""
+        self.accumulating = True
         self._make_sums()
         for i, bucket in enumerate(self.buckets):
             if bucket.shard:
@@ -211,8 +212,9 @@ class AdamW:
         return (whole**2 + self.sum_over_shards(self._norm_of(parts) ** 2)) ** 0.5
 
     def _norm_of(self, buckets: list[_Bucket]) -> float:
-        grads = [bucket.accumulated for bucket in buckets if bucket.accumulated is not None]
-        if not grads:
+        if self.accumulating:  # sums of an earlier step may lie there in a step of one micro-batch
+            grads = [bucket.accumulated for bucket in buckets]
+        else:
             grads = [p.grad for bucket in buckets for p in bucket.parameters if p.grad is not None]
         norms = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads]
         return float(torch.linalg.vector_norm(torch.stack([norm.cpu() for norm in norms]))) if norms else 0.0
@@ -222,8 +224,8 @@ class AdamW:
     @torch.no_grad()
     def step(self, learning_rate: float, max_grad_norm: float = 0.0) -> float:
         """One update. Returns the gradients' norm before clipping; where it is not finite nothing is changed."""
-        self.accumulating = False
         norm = self._norm()
+        summed, self.accumulating = self.accumulating, False
         if not norm < float("inf"):
             return norm
         scale = max_grad_norm / (norm + 1e-6) if max_grad_norm and norm > max_grad_norm else 1.0
@@ -236,7 +238,7 @@ class AdamW:
                 bucket.steps.fill_(self.steps - 1)
                 adamw(
                     [weights],
-                    [bucket.gradient(a, b, scale)],
+                    [bucket.gradient(a, b, scale, summed)],
                     moments[:1],
                     moments[1:],
                     [],
