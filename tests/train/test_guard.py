@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.train.test_preference import CPU, QUIET, Lab, killed, log_of, recipe, rows_of, stopping_at
+from tests.train.test_preference_training import CPU, QUIET, Lab, killed, log_of, recipe, rows_of, stopping_at
 from tunelet import cli
 from tunelet.models import load, weights
 from tunelet.recipe import PREFERENCE, MethodSection, Recipe

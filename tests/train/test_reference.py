@@ -12,7 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from tests.train.test_preference import CPU, QUIET, Lab, recipe, rows_of
+from tests.train.test_preference_training import CPU, QUIET, Lab, recipe, rows_of
 from tunelet.data import pack
 from tunelet.models import load, sequences
 from tunelet.models.device import Choice
