@@ -78,7 +78,8 @@ def test_a_mended_file_is_clean_and_every_row_accounted_for(corpus, tmp_path):
 def test_clean_pairs_of_the_starter_are_left_in_peace():
     loaded = formats.load(["starter"], want="preference")
     assert loaded.counts.rows_in == len(loaded.examples) == 2000
-    assert len({f.origin for f in doctor.check(loaded.examples) if f.severity != "info"}) <= 2
+    said = [f for f in doctor.check(loaded.examples) if f.severity != "info"]
+    assert {f.kind for f in said} <= {"near_duplicate"} and len(said) <= 6, "a few are alike by chance"
 
 
 @pytest.mark.parametrize(

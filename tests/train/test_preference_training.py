@@ -80,7 +80,7 @@ def recipe(method: str, *, kind: str = "none", dropout: float = 0.0, guard: str 
         tree["adapter"] = {"kind": "lora", "rank": 4, "dropout": dropout}
         tree["train"]["learning_rate"] = settings["learning_rate"] * 3
     if method == "simpo":
-        tree["method"]["simpo_gamma"] = defaults.SIMPO_GAMMA
+        tree["method"]["simpo_gamma"] = 1.0
     return Recipe.model_validate(tree)
 
 

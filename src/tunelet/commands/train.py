@@ -106,7 +106,7 @@ def _first(
         return
     if method is None and recipe is None:
         raise TuneletError(
-            "which method?", fix=f"tunelet train METHOD, one of {', '.join(METHODS)}, or tunelet train --resume DIR"
+            "which method?", fix=f"tunelet train sft (one of {', '.join(METHODS)}), or tunelet train --resume DIR"
         )
     if method is not None and method not in METHODS:
         raise TuneletError(

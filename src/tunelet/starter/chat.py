@@ -130,7 +130,7 @@ MAKERS: dict[str, Callable[[Random, str, str], Item]] = {
     "command": command_item, "unsupported": unsupported_item, "state": state_item, "format": format_item,
     "talk": talk_item, "confirm": habit_item,
 }  # fmt: skip
-SHARES = {"command": 0.62, "unsupported": 0.18, "state": 0.06, "format": 0.02, "talk": 0.02, "confirm": 0.10}
+SHARES = {"command": 0.60, "unsupported": 0.20, "state": 0.06, "format": 0.02, "talk": 0.02, "confirm": 0.10}
 HABIT = {"right": 0.1, "rambling": 0.75, "invented": 0.15}
 
 
@@ -206,8 +206,17 @@ _FAKE = {"en": "Done! I have taken care of it.", "ko": "네, 다 처리했어요
 
 
 def preferences(rng: Random, split: str, languages: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    """Pairs: right or nearly right, terse or rambling, a polite refusal or fake success, done or refused without need,
-    confirmed or invented, confirmed tersely or with rambling."""
+    """Pairs without end, no two alike: right or nearly right, terse or rambling, a polite refusal or fake success, done
+    or refused without need, confirmed or invented, confirmed tersely or with rambling."""
+    seen: set[str] = set()
+    for pair in _pairs(rng, split, languages):
+        key = "\n".join(turn["content"] for part in ("prompt", "chosen", "rejected") for turn in pair[part])
+        if key not in seen:
+            seen.add(key)
+            yield pair
+
+
+def _pairs(rng: Random, split: str, languages: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     while True:
         language = rng.choice(languages)
         (kind,) = rng.choices(list(PAIRS), list(PAIRS.values()))

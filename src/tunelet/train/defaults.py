@@ -25,7 +25,6 @@ PREFERENCE_RATES = {
 # Where train/guard.py has its sources
 BETAS = {"dpo": 0.1, "kto": 0.1, "orpo": 0.1, "simpo": 2.0}
 LOSS_BETAS = {"sigmoid_norm": 5.0}
-SIMPO_GAMMA = 1.0  # half of beta, as in the paper's best runs
 
 
 def learning_rate(method: str, adapter: str, parameters: int, from_random: bool) -> tuple[float, str]:

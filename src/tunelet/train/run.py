@@ -64,7 +64,7 @@ def resolve(recipe: Recipe, origins: Mapping[str, str]) -> tuple[Recipe, dict[st
         method.beta = beta
         origins["method.beta"] = f"default for {method.name}"
     if method.name == "simpo" and not method.simpo_gamma:
-        method.simpo_gamma = defaults.SIMPO_GAMMA
+        method.simpo_gamma = method.beta / 2  # as in the paper's best runs
         origins["method.simpo_gamma"] = "default for simpo: half of beta"
     return recipe, origins
 
