@@ -304,3 +304,4 @@ def test_two_processes_equal_one(figures, way, method):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main(Path(sys.argv[1]), Path(sys.argv[2]))
+    os._exit(0)  # threads of the groups that were left may outlive the interpreter
