@@ -171,7 +171,10 @@ class TrainSection(Section):
     seed: int = Field(0, ge=0, description="data order, initial weights, dropout and sampling follow from it")
     log_steps: int = Field(10, ge=1, description="steps between lines of log.jsonl")
     eval_steps: int = Field(
-        0, ge=0, description="steps between held-out evaluations; 0: at the start and at the end only"
+        0,
+        ge=0,
+        description="steps between held-out evaluations; 0: at the start and the end, and ten times in all where "
+        "answers are compared",
     )
     save_steps: int = Field(0, ge=0, description="steps between checkpoints; 0: at the end only (and on Ctrl-C)")
     keep_checkpoints: int = Field(2, ge=1, description="how many of the newest checkpoints stay on disk")

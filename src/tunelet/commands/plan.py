@@ -53,6 +53,8 @@ def plan(
     method = recipe[0] if recipe[0] in METHODS else None
     flags = {"METHOD": ("method.name", method), **flags_of(model, data, columns, adapter)}
     loaded = load_recipe(None if method else recipe[0], sets, flags)
+    if loaded.recipe.then and json_to != "-":
+        console.print(f"Only {recipe[0]} is planned, not what it names in `then`.", markup=False, highlight=False)
     from tunelet.train import fit
     from tunelet.train import run as training
 

@@ -23,7 +23,7 @@ from tunelet.models import attention
 CHUNK_ELEMENTS = 8 * 2**20
 
 
-def _causal_lm(model: nn.Module) -> Any:
+def causal_lm(model: nn.Module) -> Any:
     """The transformers model inside: adapters that are injected in the layers stay in effect."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
@@ -59,7 +59,7 @@ def packs(model: nn.Module) -> bool:
     Found by counting its calls. False for recurrent, convolutional and hybrid layers and for attention written without
     transformers' interface: these run row by row, which is slower and as exact.
     """
-    lm = _causal_lm(model)
+    lm = causal_lm(model)
     known = getattr(lm, "_tunelet_packs", None)
     if known is None:
         with _probing(lm) as probe, attention.count_calls() as calls:
@@ -90,15 +90,15 @@ def _probing(lm: nn.Module) -> Iterator[Batch]:
 def hidden_states(model: nn.Module, batch: Batch, plan: attention.AttentionPlan | None = None) -> torch.Tensor:
     """[T, hidden]: the body's last hidden states, after the final norm (without what stands after the last row, where
     rows run one by one)."""
-    body = _causal_lm(model).base_model
+    body = causal_lm(model).base_model
     if packs(model):
         return body(**_inputs(batch, plan)).last_hidden_state[0]
     return _one_by_one(batch, lambda row: body(**row).last_hidden_state)
 
 
-def _logits(model: nn.Module, batch: Batch, plan: attention.AttentionPlan | None = None) -> torch.Tensor:
+def own_logits(model: nn.Module, batch: Batch, plan: attention.AttentionPlan | None = None) -> torch.Tensor:
     """[N, vocabulary]: the model's own logits at `batch.loss_at`."""
-    lm = _causal_lm(model)
+    lm = causal_lm(model)
     if packs(model):
         return lm(**_inputs(batch, plan), logits_to_keep=batch.loss_at).logits[0]
     return _one_by_one(batch, lambda row: lm(**row).logits).index_select(0, batch.loss_at)
@@ -110,7 +110,7 @@ def is_plain(model: nn.Module) -> bool:
 
     False for heads with a bias, a scale, a cap, or an adapter of their own; these take the model's own path.
     """
-    lm = _causal_lm(model)
+    lm = causal_lm(model)
     head = lm.get_output_embeddings()
     if type(head) is not nn.Linear or head.bias is not None:
         return False
@@ -119,7 +119,7 @@ def is_plain(model: nn.Module) -> bool:
         with _probing(lm) as probe:
             probe = replace(probe, loss_at=probe.position_ids)
             ours = nn.functional.linear(hidden_states(lm, probe), head.weight).float()
-            theirs = _logits(lm, probe).float()
+            theirs = own_logits(lm, probe).float()
         close = {"rtol": 1e-3, "atol": 1e-5 * float(theirs.abs().max())}
         known = ours.shape == theirs.shape and torch.allclose(ours, theirs, **close)
         lm._tunelet_plain_head = known
@@ -173,7 +173,7 @@ def nll_sum(
     twice.
     """
     if is_plain(model):
-        weight = _causal_lm(model).get_output_embeddings().weight
+        weight = causal_lm(model).get_output_embeddings().weight
         scored = hidden_states(model, batch, plan).index_select(0, batch.loss_at)
         return _NllSum.apply(scored, weight, batch.targets, float(coefficient))
     return -target_logprobs(model, batch, plan).sum() * coefficient
@@ -182,7 +182,7 @@ def nll_sum(
 def target_logprobs(model: nn.Module, batch: Batch, plan: attention.AttentionPlan | None = None) -> torch.Tensor:
     """[N] fp32 log-probabilities of `batch.targets`, with a gradient. Logits come from the model's own head."""
     if is_plain(model):
-        weight = _causal_lm(model).get_output_embeddings().weight
+        weight = causal_lm(model).get_output_embeddings().weight
         scored = hidden_states(model, batch, plan).index_select(0, batch.loss_at)
         chunk = max(1, CHUNK_ELEMENTS // weight.shape[0])
         parts = [
@@ -192,7 +192,7 @@ def target_logprobs(model: nn.Module, batch: Batch, plan: attention.AttentionPla
             for i in range(0, len(scored), chunk)
         ]
         return torch.cat(parts)
-    return torch.log_softmax(_logits(model, batch, plan), -1, dtype=torch.float32).gather(1, batch.targets[:, None])[
+    return torch.log_softmax(own_logits(model, batch, plan), -1, dtype=torch.float32).gather(1, batch.targets[:, None])[
         :, 0
     ]
 

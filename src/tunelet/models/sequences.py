@@ -28,7 +28,7 @@ def logprobs(
     number of its targets)."""
     counts = torch.bincount(batch.sequence_of, minlength=batch.sequences).float()
     if head.is_plain(model):
-        weight = head._causal_lm(model).get_output_embeddings().weight
+        weight = head.causal_lm(model).get_output_embeddings().weight
         scored = head.hidden_states(model, batch, plan).index_select(0, batch.loss_at)
         return _SequenceSums.apply(scored, weight, batch.targets, batch.sequence_of, batch.sequences), counts
     each = head.target_logprobs(model, batch, plan)
@@ -131,10 +131,10 @@ def mean_and_entropy(model: Any, batch: Batch) -> tuple[float, float]:
     total, entropy = 0.0, 0.0
     with torch.no_grad():
         if not head.is_plain(model):
-            logp = torch.log_softmax(head._logits(model, batch), -1, dtype=torch.float32)
+            logp = torch.log_softmax(head.own_logits(model, batch), -1, dtype=torch.float32)
             total, entropy = _sums(logp, batch.targets)
         else:
-            weight = head._causal_lm(model).get_output_embeddings().weight
+            weight = head.causal_lm(model).get_output_embeddings().weight
             h = head.hidden_states(model, batch).index_select(0, batch.loss_at)
             factor, chunk = _factor(weight), max(1, head.CHUNK_ELEMENTS // weight.shape[0])
             for start in range(0, len(h), chunk):

@@ -127,15 +127,17 @@ def judge(recipe: Recipe, parameters: int, first: Mapping[str, float], now: Mapp
     if name != "orpo":  # which tunes a base model on the answers too: it is meant to go far from it
         name_of = "held_out/logps/chosen"
         fallen = first.get(name_of, 0.0) - now.get(name_of, 0.0)
-        wider = now.get("held_out/rewards/margins", never) > first.get("held_out/rewards/margins", -never)
-        if wider:
+        margins = [told.get("held_out/rewards/margins") for told in (first, now)]  # single answers (kto) have none
+        wider = None not in margins and margins[1] > margins[0]
+        if wider or name == "kto":
             rule(
                 "chosen_falls",
                 fallen,
                 0.2,
                 1.0,
-                f"the chosen answers have become less probable, by {fallen:.2f} nats a token, while the margin grows: "
-                "the model unlearns the rejected answers at the cost of the better ones.",
+                f"the chosen answers have become less probable, by {fallen:.2f} nats a token"
+                f"{', while the margin grows' if wider else ''}: the model unlearns the rejected answers at the cost "
+                "of the better ones.",
                 f"{keep}, or {slower}" if name == "dpo" else slower,
             )
         drift = now["watch/kl"]
