@@ -9,6 +9,7 @@ import importlib.metadata
 import re
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,34 @@ def report(folder: Path = Path()) -> dict[str, Any]:
         "starter": starter_there(),
         "notes": notes,
     }
+
+
+class Crowding:
+    """`with Crowding(threads) as crowd: ...`, then `crowd.wanted`: cores that `threads` threads of this process and all
+    other programs asked for, as a multiple of those the machine has. Up to 1 nobody waited for a core."""
+
+    def __init__(self, threads: int):
+        self.threads, self.wanted = threads, 1.0
+
+    def __enter__(self) -> Crowding:
+        self.began = self._read()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        import psutil
+
+        clock, everyone, own = (now - then for now, then in zip(self._read(), self.began, strict=True))
+        others = max(0.0, everyone - own) / max(clock, 1e-6)
+        self.wanted = (self.threads + others) / (psutil.cpu_count() or self.threads)
+
+    @staticmethod
+    def _read() -> tuple[float, float, float]:
+        """Seconds: the clock, CPU time of every program (and what a host took away), CPU time of this process."""
+        import psutil
+
+        times = psutil.cpu_times()
+        every = sum(times[:8]) - times.idle - getattr(times, "iowait", 0.0)  # guests are in user and nice already
+        return time.perf_counter(), every, time.process_time()
 
 
 def available_memory_mb() -> int | None:

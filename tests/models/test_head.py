@@ -86,6 +86,21 @@ def test_loss_and_gradients_equal_plain_cross_entropy(name, chunk, monkeypatch):
         )
 
 
+def test_scoring_without_gradients_takes_one_product_of_the_head():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, rows = build("llama-tied"), batch()
+    assert head.is_plain(model)  # looks once
+    work = {}
+    for training in (True, False):
+        with torch.set_grad_enabled(training), FlopCounterMode(display=False) as counter:
+            loss = head.nll_sum(model, rows)
+        work[training] = counter.get_total_flops()
+    assert not loss.requires_grad
+    product = 2 * len(rows.targets) * model.lm_head.weight.numel()
+    assert work[True] - work[False] == 2 * product
+
+
 def test_an_outer_factor_reaches_the_gradients():
     model, rows = build("llama-tied"), batch()
     (3.0 * head.nll_sum(model, rows, 0.01)).backward()

@@ -174,6 +174,8 @@ def nll_sum(
     """
     if is_plain(model):
         weight = causal_lm(model).get_output_embeddings().weight
+        if not torch.is_grad_enabled():
+            weight = weight.detach()  # a Function is asked for gradients of what requires them even then
         scored = hidden_states(model, batch, plan).index_select(0, batch.loss_at)
         return _NllSum.apply(scored, weight, batch.targets, float(coefficient))
     return -target_logprobs(model, batch, plan).sum() * coefficient

@@ -24,13 +24,13 @@ from tunelet.runs.environment import cpu_name
 from tunelet.runs.files import write_atomically
 from tunelet.train.cost import Batches, Cost, Probe
 
-FORMAT = 1  # of the files kept; a change of what is measured makes old ones unreadable
+FORMAT = 2  # of the files kept; a change of what is measured makes old ones unreadable
 MOST_SECONDS, LEAST_SECONDS = 10.0, 1.0  # for measuring once; less where the run itself is short
 SHARE = 0.02  # of the run's own time
 SIZES = (2048, 1024, 512, 256)  # tokens of a probe, the largest that the time allows
 EFFICIENCY = 0.6  # of the fastest product of matrices: what a step reaches, roughly
 APART = 1.3  # rows this much longer or shorter than most get a probe of their own
-BUSY = 1.3  # the clock ran this much longer than the CPU: other programs were at work, so the figures are not kept
+BUSY = 1.15  # cores wanted for each there is: other programs were at work, so the figures are not kept
 
 
 def folder() -> Path:

@@ -71,7 +71,7 @@ class Cost:
     when it begins, and beside the gradients when it ends; at_head: beside `saved`, (const, of each target up to
     head_chunk), and head_most where there are more; bytes_update: of an optimizer step;
     evaluation_body, evaluation_head: of a forward without gradients. watts: None where no counter can be read.
-    busy: how many times longer the clock ran than the CPU.
+    busy: cores that this training and other programs wanted while it was measured, for each that there is.
     """
 
     parameters: int

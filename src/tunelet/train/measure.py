@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from tunelet.data.examples import Origin, Tokens
+from tunelet.machine import Crowding
 from tunelet.methods import Totals
 from tunelet.models import adapters, cut, head, ready
 from tunelet.models.device import Choice
@@ -94,7 +95,7 @@ def measure(recipe: Recipe, choice: Choice, config: Any, probes: Sequence[Probe]
     made = [_Depth(layers, _stepper(recipe, choice, config, layers)) for layers in depths]
     for one in made:
         one.readings = [_count(one.stepper, batch, choice.device) for batch in batches]
-    with energy.Meter(choice.device) as meter:
+    with energy.Meter(choice.device) as meter, Crowding(choice.threads) as crowd:
         for repeat in range(REPEATS):  # in turns, so that other work on the machine falls on all of them
             for number, batch in enumerate(batches):
                 for one in made:
@@ -115,6 +116,7 @@ def measure(recipe: Recipe, choice: Choice, config: Any, probes: Sequence[Probe]
         **figures,
         head_chunk=chunk,
         head_most=most,
+        busy=crowd.wanted if choice.device == "cpu" else 1.0,
         watts=used["energy_wh"] * 3600 / used["seconds"] if used["kind"] == "measured" else None,
         seconds=time.perf_counter() - began,
     )
@@ -337,7 +339,6 @@ def _carried(
         "evaluation_layers": _curve(probes, evaluation_layers),
         "evaluation_rest": _line(targets, evaluation_rest),
         "cpu_per_second": max(cpu / wall for wall, cpu in every),
-        "busy": min(choice.threads * wall / cpu for wall, cpu in every) if choice.device == "cpu" else 1.0,
         "bytes_update": deep.bytes_update,
         "saved": _curve(
             probes, [to_full(a.saved, b.saved) for a, b in zip(short.readings, deep.readings, strict=True)]
