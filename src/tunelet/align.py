@@ -153,7 +153,7 @@ def _prepared(recipe: Recipe) -> Prepared:
 
 def _steps(run: Run, recipe: Recipe, prepared: Prepared, held: Held, before: Sequence[Path], console: Console) -> None:
     """One stage. before: the runs it goes on from; what the last of them measured is not measured again."""
-    from tunelet.models import device, load
+    from tunelet.models import device, load, virtual
 
     choice = training.choose(recipe, run, console)
     recipe = training.settle(recipe, run, prepared, choice, console)
@@ -164,9 +164,11 @@ def _steps(run: Run, recipe: Recipe, prepared: Prepared, held: Held, before: Seq
         run.write_json("eval/before.json", last.read_json("eval/after.json"))
     elif recipe.model.path and run.read_json("eval/before.json") is None:
         with energy.metered(run, "before", choice.device):
-            # with a new adapter this is still the model as it was: adapters begin as an addition of zero
             model = training.load_for_training(recipe, prepared, choice)
-            _evaluate(run, "before", model, recipe, prepared, held, console)
+            # the model as it was: adapters begin as an addition of zero, but for new virtual tokens
+            new = not (load.resolve(recipe.model.path) / "adapter_config.json").is_file()
+            with virtual.switched_off(model) if new else contextlib.nullcontext():
+                _evaluate(run, "before", model, recipe, prepared, held, console)
     if run.read_json(TRAINING) is None:
         trained = training.train_and_save(recipe, run, prepared, model, choice, console)
         run.write_json(TRAINING, training.figures(trained))

@@ -75,6 +75,25 @@ WANTS = {
     "simpo": "preference",
     "kto": "labelled",
 }
+# Which kinds of adapter read a key of [adapter], and which beginnings each may have.
+LORA = ("lora", "rslora", "dora")
+VIRTUAL = ("prompt", "prefix")
+ADAPTER_KEYS = {
+    "rank": LORA,
+    "alpha": LORA,
+    "dropout": LORA,
+    "lr_ratio": LORA,
+    "target_modules": (*LORA, "ia3"),
+    "num_virtual_tokens": VIRTUAL,
+    "init": (*LORA, "prompt"),
+    "init_text": ("prompt",),
+}
+INITS = {
+    "lora": ("random", "olora", "pissa"),
+    "rslora": ("random", "olora", "pissa"),
+    "dora": ("random",),
+    "prompt": ("random", "vocabulary", "text"),
+}
 PREFERENCE = ("dpo", "orpo", "simpo", "kto")
 REFERENCED = ("dpo", "kto")
 
@@ -184,11 +203,26 @@ class TrainSection(Section):
 
 
 class AdapterSection(Section):
-    kind: Literal["none", "lora"] = Field("none", description="none: every weight is trained; lora: a small adapter is")
+    kind: Literal["none", "lora", "rslora", "dora", "prompt", "prefix", "ia3"] = Field(
+        "none", description="none: every weight is trained; else a small adapter is, and the model stays as it is"
+    )
     rank: int = Field(16, ge=1, description="rank of the adapter's matrices")
-    alpha: float = Field(32.0, gt=0, description="the adapter's output is scaled by alpha / rank")
+    alpha: float = Field(
+        32.0, gt=0, description="the adapter's output is scaled by alpha / rank (rslora: alpha / sqrt(rank))"
+    )
     dropout: float = Field(0.0, ge=0, lt=1, description="share of the adapter's inputs dropped in training")
-    target_modules: Strings = Field(default_factory=list, description="empty: every linear layer of the body")
+    target_modules: Strings = Field(
+        default_factory=list, description="layers that are adapted; empty: every linear layer of the body (ia3: k, v, "
+        "and the last of each MLP)"
+    )  # fmt: skip
+    lr_ratio: float = Field(1.0, gt=0, description="LoRA+: the matrices B learn so many times faster than A")
+    num_virtual_tokens: int = Field(16, ge=1, description="trained positions in front of every row")
+    init: Literal["auto", "random", "olora", "pissa", "vocabulary", "text"] = Field(
+        "auto",
+        description="lora: random (A random, B zero), olora or pissa (parts of the weights); prompt: random, "
+        "vocabulary (embeddings of random tokens) or text (init_text); auto: random, for prompt text or vocabulary",
+    )
+    init_text: str = Field("", description="prompt: its tokens' embeddings are where the virtual tokens begin")
 
 
 class EvalSection(Section):

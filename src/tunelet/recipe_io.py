@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from tunelet.errors import TuneletError
-from tunelet.recipe import METHOD_KEYS, Recipe, Section
+from tunelet.recipe import ADAPTER_KEYS, INITS, METHOD_KEYS, Recipe, Section
 from tunelet.recipe_names import suggest
 
 SHIPPED = Path(__file__).parent / "recipes"  # an installed wheel has them here ...
@@ -320,19 +320,56 @@ def _check(recipe: Recipe, wheres: Mapping[str, str], shown: str) -> None:
         if useless and given:
             raise TuneletError(f"{wheres[given[0]]}: {given[0]} has no effect", why=why, fix=fix)
     _check_method(recipe, wheres, shown)
+    _check_adapter(recipe, wheres, shown)
+
+
+def _check_read(
+    section: Section, name: str, readers: Mapping[str, Sequence[str]], chosen: str, what: str, wheres: Mapping[str, str]
+) -> None:
+    """Raises TuneletError for a key of a section that is set and not read by what was chosen."""
+    defaults = type(section)()
+    for key, those in readers.items():
+        where = wheres.get(f"{name}.{key}")
+        if where and chosen not in those and getattr(section, key) != getattr(defaults, key):
+            raise TuneletError(
+                f"{where}: {name}.{key} has no effect",
+                why=f"the {what} is {chosen}, and {key} is read by {', '.join(those)}",
+                fix=f"leave it out, or take another {what}",
+            )
+
+
+def _check_adapter(recipe: Recipe, wheres: Mapping[str, str], shown: str) -> None:
+    """The keys of [adapter] that go with its kind, and with each other."""
+    adapter = recipe.adapter
+    _check_read(adapter, "adapter", ADAPTER_KEYS, adapter.kind, "adapter.kind", wheres)
+    if adapter.init not in ("auto", *INITS.get(adapter.kind, ())):
+        known = ", ".join(INITS.get(adapter.kind, ("auto",)))
+        raise TuneletError(
+            f"{wheres.get('adapter.init', shown)}: adapter.init = {adapter.init!r} is not for {adapter.kind}",
+            why=f"{adapter.kind} can begin with: {known}",
+            fix="take one of these, or leave it out",
+        )
+    if (adapter.init == "text") > bool(adapter.init_text) or (
+        adapter.init_text and adapter.init not in ("auto", "text")
+    ):
+        raise TuneletError(
+            f"{wheres.get('adapter.init_text', wheres.get('adapter.init', shown))}: adapter.init and adapter.init_text "
+            "do not go together",
+            why=f"adapter.init is {adapter.init!r} and adapter.init_text {adapter.init_text!r}",
+            fix='give both: --set adapter.init=text --set adapter.init_text="Answer with one JSON command."',
+        )
+    if adapter.init in ("olora", "pissa") and recipe.model.quantization != "none":
+        raise TuneletError(
+            f"{wheres.get('adapter.init', shown)}: adapter.init = {adapter.init!r} needs unquantised weights",
+            why="it moves a part of the weights into the adapter, and quantised weights cannot be changed",
+            fix="leave one of adapter.init and model.quantization out",
+        )
 
 
 def _check_method(recipe: Recipe, wheres: Mapping[str, str], shown: str) -> None:
     """The keys of [method] that go with its name, and with each other."""
-    method, defaults = recipe.method, type(recipe.method)()
-    for key, methods in METHOD_KEYS.items():
-        where = wheres.get(f"method.{key}")
-        if where and method.name not in methods and getattr(method, key) != getattr(defaults, key):
-            raise TuneletError(
-                f"{where}: method.{key} has no effect",
-                why=f"the method is {method.name}, and {key} is read by {', '.join(methods)}",
-                fix="leave it out, or take another method",
-            )
+    method = recipe.method
+    _check_read(method, "method", METHOD_KEYS, method.name, "method", wheres)
     smoothed = method.loss_type in ("cdpo", "robust")
     if method.name == "dpo" and smoothed != (method.label_smoothing > 0):
         key = "method.loss_type" if smoothed else "method.label_smoothing"

@@ -76,7 +76,7 @@ def test_packed_equals_unpacked(name, kind):
     with torch.no_grad():
         expected = torch.cat([plain(row[None]).logits[0] for row in rows])
         batch = stream(rows)
-        found = packed(**head._inputs(batch, None)).logits[0]
+        found = packed(**head._inputs(batch)).logits[0]
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 

@@ -9,7 +9,6 @@ in fp32, a little less in bf16.
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 from tunelet.errors import TuneletError
 from tunelet.infer.sampling import Sampler, Sampling
 from tunelet.infer.text import TextStream
+from tunelet.models import virtual
 
 CACHE_MB = 1024  # rows of a batch are cut so that its KV cache stays below this
 
@@ -46,7 +46,16 @@ class TorchEngine:
         eos = tokenizer.eos_token_id
         stops = stop_ids or (renderer.stop_ids if renderer is not None else ())
         self.stop_ids = frozenset(stops) or frozenset([eos] if eos is not None else [])
-        self.max_length = context_length(model.config)
+
+    @property
+    def max_length(self) -> int:
+        """How many tokens a prompt and its answer may have; 0: no limit."""
+        most, own = context_length(self.model.config), virtual.of(self._causal())
+        return max(1, most - own.number) if most and own else most
+
+    def _causal(self) -> Any:
+        """The transformers model inside, with what an adapter has put into its layers."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
     # -- many prompts -------------------------------------------------------------------------------------------------
 
@@ -155,17 +164,21 @@ class TorchEngine:
         room = [
             max_new_tokens if not self.max_length else min(max_new_tokens, self.max_length - int(n)) for n in lengths
         ]
-        cache = make_cache(self.model.config, longest + max_new_tokens)
-        causal = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        # transformers 5.24 calls it cache, and will forget the older name
-        name = "cache" if "cache" in inspect.signature(causal.forward).parameters else "past_key_values"
+        causal = self._causal()
+        own, name = virtual.of(causal), virtual.cache_name(causal)
+        before = own.number if own else 0
+        cache = make_cache(self.model.config, before + longest + max_new_tokens)
+        if own:
+            own.fill(cache, causal, len(indices))
+            positions += before
+            seen = torch.cat([seen.new_ones(len(indices), before), seen], dim=1)
         sampler = Sampler(sampling, [prompts[index] for index in indices], indices, device)
         alive = list(range(len(indices)))  # row of the cache -> row of `indices`
         here = torch.ones(len(alive), dtype=torch.bool)  # rows of the cache still wanted
         for step in range(max_new_tokens):
-            logits = self.model(
+            logits = causal(
                 input_ids=ids,
-                attention_mask=seen[:, : longest + step],
+                attention_mask=seen[:, : before + longest + step],
                 position_ids=positions,
                 use_cache=True,
                 logits_to_keep=1,

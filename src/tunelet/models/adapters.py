@@ -1,64 +1,348 @@
 """Adapters: peft's own layers in peft's own format, so that any tool loads what is trained here. Not for merging
-(infer/export.py).
+(infer/export.py), and not for several at once (infer/adapter_set.py).
 
-LoRA: Hu et al., arXiv:2106.09685. The adapter computes in the model's dtype like everything else; its weights are kept
-in float32 by the optimizer (train/optimizer.py) and are saved in float32.
+LoRA: Hu et al., arXiv:2106.09685; rsLoRA: Kalajdzievski, arXiv:2312.03732; DoRA: Liu et al., arXiv:2402.09353; IA3: Liu
+et al., arXiv:2205.05638; prompt and prefix tuning: virtual.py. The adapter computes in the model's dtype like
+everything else; its weights are kept in float32 by the optimizer (train/optimizer.py) and are saved in float32.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
+
 from tunelet.errors import TuneletError
-from tunelet.recipe import AdapterSection
+from tunelet.models import virtual, weights
+from tunelet.recipe import ADAPTER_KEYS, LORA, AdapterSection
+
+CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "base.json"
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "n_embd",
+    "n_layer",
+)
+VIRTUAL_TYPES = ("PROMPT_TUNING", "PREFIX_TUNING")
+BEGUN = "_tunelet_begun"  # on a PeftModel whose LoRA began as parts of the weights: layer -> (A, B) as they began
 
 
-def add(model: Any, section: AdapterSection, seed: int = 0) -> Any:
-    """`model` with new LoRA layers, all else frozen: a PeftModel. Raises TuneletError where target_modules fit no
-    layer."""
-    import torch
-    from peft import LoraConfig, TaskType, get_peft_model
+def add(model: Any, section: AdapterSection, seed: int = 0, tokenizer: Any = None) -> Any:
+    """`model` with a new adapter, all else frozen: a PeftModel.
 
-    config = LoraConfig(
+    tokenizer: of init_text; without one such virtual tokens begin as random tokens of the vocabulary. Raises
+    TuneletError where target_modules fit no layer, or the model has no room for the kind.
+    """
+    from peft import get_peft_model
+
+    torch.manual_seed(seed)  # the initial values are a function of the seed
+    first = None
+    if section.kind in ("prompt", "prefix"):
+        config, first = _virtual_config(model, section, tokenizer)
+    else:
+        config = _ia3(model, section) if section.kind == "ia3" else _lora(section)
+    try:
+        made = get_peft_model(model, config, autocast_adapter_dtype=False)
+    except ValueError as error:
+        if "target module" not in str(error).lower():
+            raise
+        raise _no_such_layer(model, section) from error
+    if first is not None:
+        made.prompt_encoder[made.active_adapter].embedding.weight.data = first
+        made.prompt_encoder.to(model.get_input_embeddings().weight.device)
+    take_in(made)
+    if section.init in ("olora", "pissa"):
+        _begin_from_weights(made, section.init)
+    return made
+
+
+# -- the kinds --------------------------------------------------------------------------------------------------------
+
+
+def _lora(section: AdapterSection) -> Any:
+    from peft import LoraConfig, TaskType
+
+    return LoraConfig(
         r=section.rank,
         lora_alpha=section.alpha,
         lora_dropout=section.dropout,
         bias="none",
         task_type=TaskType.CAUSAL_LM,
         target_modules=list(section.target_modules) or "all-linear",
+        use_rslora=section.kind == "rslora",
+        use_dora=section.kind == "dora",
     )
-    torch.manual_seed(seed)  # the initial A matrices are a function of the seed
-    try:
-        return get_peft_model(model, config, autocast_adapter_dtype=False)
-    except ValueError as error:
-        if "target module" not in str(error).lower():
-            raise
-        linear = sorted(
-            {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-        )
+
+
+def _ia3(model: Any, section: AdapterSection) -> Any:
+    """Keys, values and the last projection of each MLP, whose *input* is scaled, as in the paper."""
+    from peft import IA3Config, TaskType
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as KNOWN
+
+    linear = _linear(model)
+    targets = list(section.target_modules) or list(KNOWN.get(model.config.model_type, ()))
+    if not targets:
+        raise _no_such_layer(model, section)
+    width = model.config.get_text_config().hidden_size
+    inner = [
+        name
+        for name in targets
+        if any(module.weight.shape[_input_axis(module)] > width for at, module in linear if at.endswith(name))
+    ]
+    return IA3Config(task_type=TaskType.CAUSAL_LM, target_modules=targets, feedforward_modules=inner)
+
+
+def _virtual_config(model: Any, section: AdapterSection, tokenizer: Any) -> tuple[Any, torch.Tensor]:
+    """(peft's configuration, [n, ...] where the virtual tokens begin)."""
+    from peft import PrefixTuningConfig, PromptTuningConfig, PromptTuningInit, TaskType
+
+    from tunelet.models import head
+
+    prefix, n = section.kind == "prefix", section.num_virtual_tokens
+    if prefix and not head.packs(model):
         raise TuneletError(
-            f"adapter.target_modules = {section.target_modules} fits no layer of this model.",
-            why=f"its linear layers are {', '.join(linear)}",
-            fix="Name some of these, or leave it empty for all.",
-        ) from error
+            f"adapter.kind = prefix does not go with {type(model).__name__}.",
+            why="it puts keys and values into every layer's attention, and not all layers of this model have one",
+            fix="--adapter prompt, or --adapter lora",
+        )
+    ids = None
+    if section.init_text and tokenizer is not None:
+        ids = torch.tensor(tokenizer(section.init_text, add_special_tokens=False)["input_ids"])
+    elif section.init != "random":
+        ids = torch.randint(0, model.get_input_embeddings().weight.shape[0], (n,))
+    first = virtual.first_weights(model, ids, n, prefix)
+    shared: dict[str, Any] = {"task_type": TaskType.CAUSAL_LM, "num_virtual_tokens": n}
+    if not prefix:
+        return PromptTuningConfig(prompt_tuning_init=PromptTuningInit.RANDOM, **shared), first
+    text = model.config.get_text_config()
+    layers, heads = text.num_hidden_layers, getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = first.shape[1] // (2 * layers)
+    config = PrefixTuningConfig(num_layers=layers, token_dim=width, num_attention_heads=heads, **shared)
+    return config, first
+
+
+@torch.no_grad()
+def _begin_from_weights(model: Any, init: str) -> None:
+    """A and B begin as parts of each weight, which is taken out of it: the model computes what it did, and the adapter
+    learns in the directions of the weight itself.
+
+    olora: rows and columns of its QR decomposition (Buyukakyuz, arXiv:2406.01775); pissa: its largest singular
+    directions (Meng et al., arXiv:2404.02948). The weights of the base are changed in memory; `plain` says how such an
+    adapter is written down for the base as it was.
+    """
+    begun = {}
+    for name, layer in _lora_layers(model):
+        base, key = layer.get_base_layer(), layer.active_adapters[0]
+        a, b, scaling = layer.lora_A[key].weight, layer.lora_B[key].weight, layer.scaling[key]
+        turned = _input_axis(base) == 0
+        weight = (base.weight.t() if turned else base.weight).float()
+        if init == "olora":
+            q, r = torch.linalg.qr(weight)
+            first, second = r[: len(a)], q[:, : len(a)]
+        else:
+            u, s, v = torch.svd_lowrank(weight, q=min(len(a) + 8, *weight.shape), niter=8)
+            root = (s[: len(a)] / scaling).sqrt()
+            first, second = root[:, None] * v.t()[: len(a)], u[:, : len(a)] * root
+        rank = first.shape[0]  # at most the smaller side of the weight
+        a.zero_(), b.zero_()
+        a[:rank].copy_(first)
+        b[:, :rank].copy_(second)
+        rest = weight - scaling * b.float() @ a.float()
+        base.weight.copy_(rest.t() if turned else rest)
+        begun[name] = (a.detach().clone(), b.detach().clone())
+    setattr(model, BEGUN, begun)
+
+
+def finish(model: Any, folder: Path) -> None:
+    """Complete what peft has saved of a PeftModel in `folder`: a LoRA that began as parts of the weights is written for
+    the base as it was (twice the rank, because what it began as is subtracted again), and the base is marked."""
+    from safetensors.torch import load_file, save_file
+
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    begun = getattr(model, BEGUN, None)
+    if begun is not None:
+        state = load_file(folder / WEIGHTS)
+        for name, (a, b) in begun.items():
+            at_a, at_b = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
+            state[at_a] = torch.cat([state[at_a], a.to(state[at_a])])
+            state[at_b] = torch.cat([state[at_b], -b.to(state[at_b])], dim=1)
+        save_file(state, folder / WEIGHTS, {"format": "pt"})
+        config["r"] *= 2
+        config["lora_alpha"] *= 2**0.5 if config["use_rslora"] else 2  # the same scale
+        (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    base = Path(config["base_model_name_or_path"] or "")
+    if (base / "config.json").is_file():
+        told = {"fingerprint": weights.fingerprint(base), "shapes": shapes(base)}
+        (folder / BASE).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+
+
+def shapes(base: Path) -> dict[str, int]:
+    """What an adapter depends on: the sizes in a base's config.json."""
+    told = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    return {key: told[key] for key in SIZES if isinstance(told.get(key), int)}
+
+
+def check_base(folder: Path, base: Path) -> None:
+    """Raises TuneletError where the adapter in `folder` was trained on another base than the one in `base`. One that
+    was not made here says nothing of its base but its name."""
+    if not (folder / BASE).is_file():
+        return
+    told = json.loads((folder / BASE).read_text(encoding="utf-8"))
+    here = shapes(base)
+    other = [
+        f"{key} {value} instead of {here.get(key)}" for key, value in told["shapes"].items() if here.get(key) != value
+    ]
+    if other or told["fingerprint"] != weights.fingerprint(base):
+        raise TuneletError(
+            f"The adapter in {folder} belongs to another base model than {base}.",
+            why=f"it was trained on one with {', '.join(other)}"
+            if other
+            else "the weights are not those it was trained on",
+            fix="Use the base it was trained on (base_model_name_or_path in adapter_config.json), or train it anew.",
+        )
+
+
+def _lora_layers(model: Any) -> list[tuple[str, Any]]:
+    """(name in the PeftModel, layer) of every layer with LoRA."""
+    from peft.tuners.lora.layer import LoraLayer
+
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+
+
+def _linear(model: Any) -> list[tuple[str, Any]]:
+    from transformers.pytorch_utils import Conv1D
+
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D) and module is not model.get_output_embeddings()
+    ]
+
+
+def _input_axis(linear: Any) -> int:
+    """Of its weight: Conv1D, GPT-2's, is [in, out]."""
+    from transformers.pytorch_utils import Conv1D
+
+    return 0 if isinstance(linear, Conv1D) else 1
+
+
+def _no_such_layer(model: Any, section: AdapterSection) -> TuneletError:
+    there = ", ".join(sorted({name.rsplit(".", 1)[-1] for name, _ in _linear(model)}))
+    if not section.target_modules:
+        return TuneletError(
+            f"adapter.kind = {section.kind} does not know which layers of {type(model).__name__} to adapt.",
+            why=f"its linear layers are {there}",
+            fix="Name some of these: --set adapter.target_modules=...",
+        )
+    return TuneletError(
+        f"adapter.target_modules = {section.target_modules} fits no layer of this model.",
+        why=f"its linear layers are {there}",
+        fix="Name some of these, or leave it empty.",
+    )
+
+
+# -- adapters that exist ----------------------------------------------------------------------------------------------
+
+
+def kind_of(config: Any) -> str:
+    """adapter.kind of one of peft's configurations; peft's own name where it is none of ours."""
+    name = str(getattr(config.peft_type, "value", config.peft_type))
+    if name == "LORA":
+        return "dora" if config.use_dora else "rslora" if config.use_rslora else "lora"
+    return {"PROMPT_TUNING": "prompt", "PREFIX_TUNING": "prefix", "IA3": "ia3"}.get(name, name)
+
+
+def take_in(model: Any, trainable: bool = True) -> None:
+    """A PeftModel that has just got its adapter: its weights in the model's dtype, its virtual tokens in front of every
+    row."""
+    dtype = model.get_input_embeddings().weight.dtype
+    for name, p in model.named_parameters():
+        if ("lora_" in name or "ia3_" in name or "prompt_encoder" in name) and p.dtype != dtype:
+            p.data = p.data.to(dtype)
+    own = virtual.attach(model)
+    if own:
+        own.weight.requires_grad_(trainable)
+
+
+def does_not_fit(folder: Path, base: Path, error: Exception) -> TuneletError:
+    """What is said where peft cannot put an adapter on a base."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    shape = next((line for line in lines if "size mismatch" in line), lines[0] if lines else type(error).__name__)
+    return TuneletError(
+        f"The adapter in {folder} does not fit the base model {base}.",
+        why=shape,
+        fix="Use the base it was trained on (base_model_name_or_path in its adapter_config.json).",
+    )
 
 
 def train_on(model: Any, section: AdapterSection, name: str) -> None:
     """Check that the adapter a PeftModel came with is the one the recipe describes: training goes on with the adapter
     as it is."""
     config = next(iter(model.peft_config.values()))
+    kind = kind_of(config)
     if section.kind == "none":
         raise TuneletError(
             f"'{name}' is an adapter.",
             why="full training needs a whole model",
-            fix="Add --adapter lora to train the adapter on, or merge it into its base first.",
+            fix=f"Add --adapter {kind} to train the adapter on, or merge it into its base first.",
         )
-    there = {"rank": config.r, "alpha": float(config.lora_alpha), "dropout": float(config.lora_dropout)}
+    if kind in LORA:
+        there = {"rank": config.r, "alpha": float(config.lora_alpha), "dropout": float(config.lora_dropout)}
+    else:
+        there = {"num_virtual_tokens": config.num_virtual_tokens} if config.is_prompt_learning else {}
+    there = {"kind": kind, **there}
     asked = {key: getattr(section, key) for key in there}
-    if asked != there or section.target_modules:
+    if asked != there or section.target_modules or section.init != "auto" or section.init_text:
         told = ", ".join(f"adapter.{key} = {value}" for key, value in there.items())
         raise TuneletError(
             f"The recipe's adapter is not the one in '{name}'.",
-            why=f"that one has {told} and its own target_modules",
-            fix=f"Set {told}, and leave adapter.target_modules empty.",
+            why=f"that one has {told}, and its own layers and beginning",
+            fix=f"Set {told}, and leave adapter.target_modules and adapter.init out.",
         )
+
+
+def described(model: Any, section: AdapterSection) -> dict[str, Any]:
+    """What is trained: {"kind", "trained", "parameters", "share", "mb"}: numbers, of all numbers with the adapter's;
+    size of the adapter's file in MB."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    of = sum(_numbers(module) for module in model.modules())
+    begun = getattr(model, BEGUN, None)
+    written = trained * (2 if begun else 1)
+    return {
+        "kind": section.kind,
+        "trained": trained,
+        "parameters": of,
+        "share": trained / of,
+        "mb": written * 4 / 1e6,
+        **{key: getattr(section, key) for key in ("rank", "num_virtual_tokens") if section.kind in ADAPTER_KEYS[key]},
+    }
+
+
+def _numbers(module: torch.nn.Module) -> int:
+    """Weights of a module itself; quantised ones are counted as what they stand for."""
+    if hasattr(module, "codes"):
+        return module.weight.numel()
+    return sum(p.numel() for p in module.parameters(recurse=False))
+
+
+def line(told: dict[str, Any]) -> str:
+    """`described`, for people."""
+    what = {"prompt": "prompt tuning", "prefix": "prefix tuning", "ia3": "IA3"}.get(told["kind"], told["kind"])
+    what = what.replace("lora", "LoRA").replace("dora", "DoRA")
+    sizes = [f"rank {told['rank']}"] if "rank" in told else []
+    sizes += [f"{told['num_virtual_tokens']} virtual tokens"] if "num_virtual_tokens" in told else []
+    return (
+        f"Adapter: {', '.join([what, *sizes])}; {told['trained']:,} of {told['parameters']:,} weights are trained "
+        f"({told['share']:.2%}), {told['mb']:.2f} MB on disk"
+    )
+
+
+def rates(section: AdapterSection) -> Sequence[tuple[str, float]]:
+    """(part of a parameter's name, factor of its learning rate). LoRA+: Hayou et al., arXiv:2402.12354."""
+    return [("lora_B", section.lr_ratio)] if section.lr_ratio != 1 else []

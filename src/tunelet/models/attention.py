@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from tunelet.models.gemm_attention import GemmAttention, block_mask
+from tunelet.models.virtual import Prefix
 
 NAME = "tunelet"
 # Groups are this many tokens long, or a multiple: few different shapes, each of which oneDNN compiles once.
@@ -43,6 +44,7 @@ class AttentionPlan:
     gather: [P] int64, position of the layout -> token of the stream (padding repeats a token of its row); None: the
     layout *is* the stream. scatter: [tokens] int64, token -> its position in the layout; None with `gather`.
     again: what several branches share stands in the layout once for each; [A] positions of all but the first time.
+    prefix: keys and values that take the place of the model's own at some tokens.
     """
 
     groups: tuple[Group, ...]
@@ -50,6 +52,7 @@ class AttentionPlan:
     gather: torch.Tensor | None
     scatter: torch.Tensor | None
     again: torch.Tensor | None = None
+    prefix: Prefix | None = None
 
 
 def plan(
@@ -251,10 +254,13 @@ def attend(
         raise ValueError(
             f"a plan goes with one flat stream and no cache, got queries {tuple(query.shape)}, keys {tuple(key.shape)}"
         )
+    key, value = key[0].transpose(0, 1), value[0].transpose(0, 1)
+    if segments.prefix is not None:
+        key, value = segments.prefix.put(module.layer_idx, key, value)
     out = flat_attention(
         query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
+        key,
+        value,
         segments,
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         window=sliding_window,

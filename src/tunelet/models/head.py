@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from tunelet.data.examples import Batch
-from tunelet.models import attention
+from tunelet.models import attention, virtual
 
 # Logits held at once, in elements: 8M are 16 MB in bf16 and 32 MB for their fp32 softmax, which the cache still holds.
 # 32M took 200 MB more and 3 % more of a step's time; 4M is no faster and rounds the head's bf16 gradient more often.
@@ -28,19 +28,29 @@ def causal_lm(model: nn.Module) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _inputs(batch: Batch, plan: attention.AttentionPlan | None) -> dict[str, Any]:
-    plan = plan or attention.plan(batch.segments, batch.input_ids.device, batch.branches)
+def _inputs(batch: Batch) -> dict[str, Any]:
     return {
         "input_ids": batch.input_ids[None],
         "position_ids": batch.position_ids[None],
-        "segments": plan,
+        "segments": attention.plan(batch.segments, batch.input_ids.device, batch.branches),
         "use_cache": False,
     }
 
 
-def _one_by_one(batch: Batch, run: Callable[[dict[str, Any]], torch.Tensor]) -> torch.Tensor:
+def _widened(lm: Any, own: virtual.Virtual, batch: Batch) -> tuple[dict[str, Any], torch.Tensor]:
+    """(inputs of the batch with virtual tokens in front of every row, [tokens] where each of its tokens went)."""
+    wide, real, where = own.widened(batch)
+    inputs = _inputs(wide)
+    inputs["inputs_embeds"] = own.embedded(lm, inputs.pop("input_ids")[0], where)[None]
+    if own.heads:
+        inputs["segments"] = replace(inputs["segments"], prefix=virtual.Prefix(where, own.layers()))
+    return inputs, real
+
+
+def _one_by_one(lm: Any, batch: Batch, run: Callable[[dict[str, Any]], torch.Tensor]) -> torch.Tensor:
     """[T, ...]: what `run` gives for each sequence alone, laid out as the stream is. What branches share is taken from
     the first."""
+    own = virtual.of(lm)
     parts = []
     for (start, end), branches in itertools.zip_longest(
         itertools.pairwise(batch.segments.tolist()), batch.branches, fillvalue=()
@@ -48,7 +58,10 @@ def _one_by_one(batch: Batch, run: Callable[[dict[str, Any]], torch.Tensor]) -> 
         shared = (branches[0] if branches else start) - start
         for begin, stop in itertools.pairwise((*(branches or (start,)), end)):
             ids = torch.cat([batch.input_ids[start : start + shared], batch.input_ids[begin:stop]])
-            out = run({"input_ids": ids[None], "use_cache": False})[0]
+            if own is None:
+                out = run({"input_ids": ids[None], "use_cache": False})[0]
+            else:
+                out = run({"inputs_embeds": own.before(lm, ids)[None], "use_cache": False})[0, own.number :]
             parts.append(out[shared if begin > start + shared else 0 :])
     return torch.cat(parts)
 
@@ -64,7 +77,7 @@ def packs(model: nn.Module) -> bool:
     if known is None:
         with _probing(lm) as probe, attention.count_calls() as calls:
             try:
-                lm.base_model(**_inputs(probe, None))
+                lm.base_model(**_inputs(probe))
                 known = calls.planned == lm.config.get_text_config().num_hidden_layers and not calls.other
             except (TypeError, ValueError):  # it takes no positions, or knows no such keyword
                 known = False
@@ -87,21 +100,29 @@ def _probing(lm: nn.Module) -> Iterator[Batch]:
         lm.train(was_training)
 
 
-def hidden_states(model: nn.Module, batch: Batch, plan: attention.AttentionPlan | None = None) -> torch.Tensor:
+def hidden_states(model: nn.Module, batch: Batch) -> torch.Tensor:
     """[T, hidden]: the body's last hidden states, after the final norm (without what stands after the last row, where
-    rows run one by one)."""
-    body = causal_lm(model).base_model
-    if packs(model):
-        return body(**_inputs(batch, plan)).last_hidden_state[0]
-    return _one_by_one(batch, lambda row: body(**row).last_hidden_state)
+    rows run one by one or have virtual tokens)."""
+    lm = causal_lm(model)
+    body, own = lm.base_model, virtual.of(lm)
+    if not packs(model):
+        return _one_by_one(lm, batch, lambda row: body(**row).last_hidden_state)
+    if own is None:
+        return body(**_inputs(batch)).last_hidden_state[0]
+    inputs, real = _widened(lm, own, batch)
+    return body(**inputs).last_hidden_state[0].index_select(0, real)
 
 
-def own_logits(model: nn.Module, batch: Batch, plan: attention.AttentionPlan | None = None) -> torch.Tensor:
+def own_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
     """[N, vocabulary]: the model's own logits at `batch.loss_at`."""
     lm = causal_lm(model)
-    if packs(model):
-        return lm(**_inputs(batch, plan), logits_to_keep=batch.loss_at).logits[0]
-    return _one_by_one(batch, lambda row: lm(**row).logits).index_select(0, batch.loss_at)
+    own = virtual.of(lm)
+    if not packs(model):
+        return _one_by_one(lm, batch, lambda row: lm(**row).logits).index_select(0, batch.loss_at)
+    if own is None:
+        return lm(**_inputs(batch), logits_to_keep=batch.loss_at).logits[0]
+    inputs, real = _widened(lm, own, batch)
+    return lm(**inputs, logits_to_keep=real[batch.loss_at]).logits[0]
 
 
 def is_plain(model: nn.Module) -> bool:
@@ -116,7 +137,7 @@ def is_plain(model: nn.Module) -> bool:
         return False
     known = getattr(lm, "_tunelet_plain_head", None)
     if known is None:
-        with _probing(lm) as probe:
+        with _probing(lm) as probe, virtual.switched_off(lm):
             probe = replace(probe, loss_at=probe.position_ids)
             ours = nn.functional.linear(hidden_states(lm, probe), head.weight).float()
             theirs = own_logits(lm, probe).float()
@@ -164,9 +185,7 @@ class _NllSum(torch.autograd.Function):
         return dh, dw, None, None
 
 
-def nll_sum(
-    model: nn.Module, batch: Batch, coefficient: float = 1.0, plan: attention.AttentionPlan | None = None
-) -> torch.Tensor:
+def nll_sum(model: nn.Module, batch: Batch, coefficient: float = 1.0) -> torch.Tensor:
     """coefficient * sum over the batch's targets of their negative log-probability: fp32 scalar with a gradient.
 
     The coefficient is part of the call because the fast path makes gradients in the forward: scaling later would round
@@ -176,16 +195,16 @@ def nll_sum(
         weight = causal_lm(model).get_output_embeddings().weight
         if not torch.is_grad_enabled():
             weight = weight.detach()  # a Function is asked for gradients of what requires them even then
-        scored = hidden_states(model, batch, plan).index_select(0, batch.loss_at)
+        scored = hidden_states(model, batch).index_select(0, batch.loss_at)
         return _NllSum.apply(scored, weight, batch.targets, float(coefficient))
-    return -target_logprobs(model, batch, plan).sum() * coefficient
+    return -target_logprobs(model, batch).sum() * coefficient
 
 
-def target_logprobs(model: nn.Module, batch: Batch, plan: attention.AttentionPlan | None = None) -> torch.Tensor:
+def target_logprobs(model: nn.Module, batch: Batch) -> torch.Tensor:
     """[N] fp32 log-probabilities of `batch.targets`, with a gradient. Logits come from the model's own head."""
     if is_plain(model):
         weight = causal_lm(model).get_output_embeddings().weight
-        scored = hidden_states(model, batch, plan).index_select(0, batch.loss_at)
+        scored = hidden_states(model, batch).index_select(0, batch.loss_at)
         chunk = max(1, CHUNK_ELEMENTS // weight.shape[0])
         parts = [
             torch.utils.checkpoint.checkpoint(
@@ -194,9 +213,7 @@ def target_logprobs(model: nn.Module, batch: Batch, plan: attention.AttentionPla
             for i in range(0, len(scored), chunk)
         ]
         return torch.cat(parts)
-    return torch.log_softmax(own_logits(model, batch, plan), -1, dtype=torch.float32).gather(1, batch.targets[:, None])[
-        :, 0
-    ]
+    return torch.log_softmax(own_logits(model, batch), -1, dtype=torch.float32).gather(1, batch.targets[:, None])[:, 0]
 
 
 def _logprobs(h, weight, targets):

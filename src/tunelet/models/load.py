@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tunelet.errors import TuneletError
-from tunelet.models import device, weights
+from tunelet.models import adapters, device, weights
 from tunelet.models.device import Choice
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -267,7 +267,8 @@ def _load_adapter(
         )
     weights.check_file(folder / "adapter_model.safetensors")
     try:
-        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+        told = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        base = told["base_model_name_or_path"]
     except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
         raise TuneletError(
             f"{folder / 'adapter_config.json'} cannot be read.", why=str(error), fix="Get the adapter's folder again."
@@ -281,13 +282,20 @@ def _load_adapter(
             fix='Put the right folder in "base_model_name_or_path" of its adapter_config.json.',
         ) from error
     weights.check(base_folder)
-    model = PeftModel.from_pretrained(
-        _load_base(base_folder, choice, trust_remote_code, dtype, quantization),
-        str(folder),
-        is_trainable=trainable,
-        autocast_adapter_dtype=False,
-        use_safetensors=True,
-    )
+    adapters.check_base(folder, base_folder)
+    untrainable = told.get("peft_type") in adapters.VIRTUAL_TYPES  # which peft refuses to train on
+    loaded = _load_base(base_folder, choice, trust_remote_code, dtype, quantization)
+    try:
+        model = PeftModel.from_pretrained(
+            loaded,
+            str(folder),
+            is_trainable=trainable and not untrainable,
+            autocast_adapter_dtype=False,
+            use_safetensors=True,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise adapters.does_not_fit(folder, base_folder, error) from error
+    adapters.take_in(model, trainable)
     weights.check_finite(model, folder)
     return model.to(choice.device).eval()
 

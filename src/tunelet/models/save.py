@@ -25,6 +25,8 @@ def save(model: Any, tokenizer: Any, folder: Path, dtype: str | None = None, *, 
     from safetensors import SafetensorError
     from transformers.utils import logging
 
+    from tunelet.models import adapters
+
     if hasattr(model, "hf_quantizer") and not hasattr(model, "peft_config"):
         raise TuneletError(
             "A quantised model is not saved.",
@@ -42,6 +44,8 @@ def save(model: Any, tokenizer: Any, folder: Path, dtype: str | None = None, *, 
     logging.disable_progress_bar()
     try:
         model.save_pretrained(folder)
+        if hasattr(model, "peft_config"):
+            adapters.finish(model, folder)
     except SafetensorError as error:
         raise disk_error(error) from error
     finally:

@@ -15,23 +15,21 @@ import torch
 from torch import nn
 
 from tunelet.data.examples import Batch
-from tunelet.models import attention, head
+from tunelet.models import head
 
 # Softmax kept for the backward, in elements: 64M are 128 MB in bf16. What is beyond is computed again.
 KEEP_ELEMENTS = 64 * 2**20
 
 
-def logprobs(
-    model: nn.Module, batch: Batch, plan: attention.AttentionPlan | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def logprobs(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """([sequences] fp32 sums of the log-probabilities of each sequence's targets, with a gradient; [sequences] fp32
     number of its targets)."""
     counts = torch.bincount(batch.sequence_of, minlength=batch.sequences).float()
     if head.is_plain(model):
         weight = head.causal_lm(model).get_output_embeddings().weight
-        scored = head.hidden_states(model, batch, plan).index_select(0, batch.loss_at)
+        scored = head.hidden_states(model, batch).index_select(0, batch.loss_at)
         return _SequenceSums.apply(scored, weight, batch.targets, batch.sequence_of, batch.sequences), counts
-    each = head.target_logprobs(model, batch, plan)
+    each = head.target_logprobs(model, batch)
     return each.new_zeros(batch.sequences).index_add(0, batch.sequence_of, each), counts
 
 

@@ -6,6 +6,7 @@ Not for making a model of them (models/load.py).
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 import sys
@@ -31,6 +32,7 @@ OTHER_DTYPES = {
     "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2",
 }
+SAMPLE_BYTES = 2**12  # of a tensor, at each of three places
 BLOCK_ELEMENTS = 2**18  # numbers converted or looked at together: what a copy of them takes is nothing
 
 
@@ -123,6 +125,23 @@ def count_parameters(folder: Path) -> int:
     """Numbers stored in the folder's weight files. An adapter's folder counts its own."""
     paths = [folder / "adapter_model.safetensors"] if (folder / "adapter_config.json").is_file() else files(folder)
     return sum(prod(entry["shape"]) for path in paths for entry in header(path).values())
+
+
+def fingerprint(folder: Path) -> str:
+    """A hash by which a model's weights are known again, however they are cut into files: of all names, shapes and
+    dtypes, and of the first, middle and last bytes of each tensor. Training changes nearly every number, so that there
+    is no need to read them all."""
+    found = hashlib.sha256()
+    there = [(name, entry, path) for path in files(folder) for name, entry in header(path).items()]
+    for name, entry, path in sorted(there, key=lambda of: of[0]):
+        found.update(f"{name} {entry['shape']} {entry['dtype']}".encode())
+        start, end = entry["data_offsets"]
+        with path.open("rb", buffering=0) as file:
+            first = 8 + struct.unpack("<Q", file.read(8))[0]
+            for at in (start, (start + end) // 2, max(start, end - SAMPLE_BYTES)):
+                file.seek(first + at)
+                found.update(file.read(min(SAMPLE_BYTES, end - at)))
+    return found.hexdigest()[:32]
 
 
 @dataclass(frozen=True)

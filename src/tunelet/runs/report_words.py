@@ -54,9 +54,20 @@ def duration(seconds: float) -> str:
     return f"{whole} s" if whole >= 10 else f"{seconds:.1f} s"
 
 
+LORA = {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA"}
+
+
 def steps(run: Run) -> int:
     """Steps trained so far, as logged."""
     return max((row["step"] for row in run.log_rows() if "step" in row), default=0)
+
+
+def adapter(recipe: Recipe) -> str:
+    """What kind of adapter was trained, of which size."""
+    kind = recipe.adapter.kind
+    if kind in LORA:
+        return f"{LORA[kind]} of rank {recipe.adapter.rank}"
+    return "IA3" if kind == "ia3" else f"{kind} tuning of {recipe.adapter.num_virtual_tokens} virtual tokens"
 
 
 def sentence(run: Run, recipe: Recipe, stages: Sequence[Run]) -> str:
@@ -64,7 +75,7 @@ def sentence(run: Run, recipe: Recipe, stages: Sequence[Run]) -> str:
     data, plan = run.read_json("data.json"), (run.read_json("plan.json", {}).get("actual") or {})
     said = method(recipe)
     if recipe.adapter.kind != "none":
-        said += f" with {recipe.adapter.kind.upper()} of rank {recipe.adapter.rank}"
+        said += f" with {adapter(recipe)}"
     start = recipe.model.path or "a model from random weights"
     if stages:
         start = f"the result of stage {len(stages)} ({named(stages[-1])})"

@@ -10,10 +10,15 @@ ceiling of 2e-3. Methods that compare answers: see `PREFERENCE_RATES` and train/
 
 from __future__ import annotations
 
+from tunelet.recipe import LORA
+
 # (parameters below, rate)
 FULL = ((50e6, 1e-3), (500e6, 3e-4), (float("inf"), 5e-5))
 FROM_RANDOM = ((50e6, 2e-3), (500e6, 1e-3), (float("inf"), 5e-4))
 LORA_FACTOR, LORA_CEILING = 10, 2e-3
+# Adapters with few weights. IA3: 3e-3 in its paper (arXiv:2205.05638). Virtual tokens: trials, docs/notebook.md.
+FEW = {"prompt": 3e-2, "prefix": 1e-2, "ia3": 3e-3}
+PREFERENCE_TIMES = 0.1
 # alignment-handbook tunes SmolLM2-135M to 1.7B with DPO at 1e-6; zephyr-7b-orpo at 5e-6, 135M to 360M take more. Under
 # 50M: trials on the starter (docs/notebook.md). ORPO is also the supervised tuning, so that it takes more than DPO.
 PREFERENCE_RATES = {
@@ -31,9 +36,11 @@ def learning_rate(method: str, adapter: str, parameters: int, from_random: bool)
     """(peak learning rate, where it comes from)."""
     table = FROM_RANDOM if from_random else PREFERENCE_RATES.get(method, FULL)
     rate = next(rate for below, rate in table if parameters < below)
-    if adapter == "lora":
+    if adapter in LORA:
         rate = min(LORA_CEILING, LORA_FACTOR * rate)
-    kind = "from random weights" if from_random else "LoRA" if adapter == "lora" else "full"
+    elif adapter != "none":
+        rate = FEW[adapter] * (1 if method not in PREFERENCE_RATES else PREFERENCE_TIMES)
+    kind = "from random weights" if from_random else "full" if adapter == "none" else adapter
     return rate, f"default for {method}, {kind}, {parameters / 1e6:.3g}M parameters"
 
 

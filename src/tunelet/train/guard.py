@@ -6,7 +6,7 @@ Not the measuring (train/watch.py) and not the stopping (train/loop.py).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tunelet.recipe import Recipe
@@ -55,6 +55,9 @@ BETAS: dict[str, Range] = {
     "kto": Range(0.01, 0.5, "Ethayarajh et al. 2024 (arXiv:2402.01306): 0.1"),
     "orpo": Range(0.02, 2.0, "Hong et al. 2024 (arXiv:2403.07691): lambda 0.1 to 1"),
 }
+
+
+STILL, STILL_AFTER = 0.01, 0.2  # virtual tokens that moved less than this after that share of the steps
 
 
 def rates(method: str, adapter: str, parameters: int) -> Range | None:
@@ -108,6 +111,21 @@ def before(recipe: Recipe, parameters: int) -> list[Remark]:
             )
         )
     return out
+
+
+def still(row: Mapping[str, float], done: float, said: Sequence[str]) -> Remark | None:
+    """What a line of the log says of virtual tokens that hardly train; `done`: share of the steps."""
+    if "still" in said or done < STILL_AFTER or row["prompt_moved"] >= STILL:
+        return None
+    rate = row["learning_rate"]
+    return Remark(
+        "still",
+        "warn",
+        f"after {done:.0%} of the steps the virtual tokens have moved by {row['prompt_moved']:.2%} of where they began "
+        f"(mean norm {row['prompt_norm']:.3g}, gradient norm {row['grad_norm']:.2g}): they hardly train at a learning "
+        f"rate of {rate:.1e}.",
+        f"--set train.learning_rate={max(10 * rate, 1e-3):.0e}",
+    )
 
 
 def judge(recipe: Recipe, parameters: int, first: Mapping[str, float], now: Mapping[str, float]) -> list[Remark]:

@@ -20,10 +20,10 @@ from tunelet.data import pack
 from tunelet.data.examples import Tokens
 from tunelet.errors import TuneletError
 from tunelet.methods import by_label
-from tunelet.models import device
+from tunelet.models import adapters, device, head, virtual
 from tunelet.recipe import PREFERENCE, REFERENCED, Recipe
 from tunelet.runs.record import Run
-from tunelet.train import checkpoint, distributed, progress, reference, sharding, step
+from tunelet.train import checkpoint, distributed, guard, progress, reference, sharding, step
 from tunelet.train.watch import Watch
 
 
@@ -55,6 +55,7 @@ class Progress:
     evaluations_without_better: int = 0
     kept_loss: float | None = None
     stopped: str = ""
+    said: list[str] = field(default_factory=list)  # kinds of remarks that are made once
     window_loss: float = 0.0
     window_weight: int = 0
     window_told: dict[str, float] = field(default_factory=dict)
@@ -140,7 +141,7 @@ def train(
     watch = Watch.of(recipe, model, tokenizer, eval_rows)
     before = time.perf_counter() - started
     shards = sharding.shard_if_wanted(model, settings, choice.device, world, console)
-    optimizer = step.optimizer_for(shards or model, settings)
+    optimizer = step.optimizer_for(shards or model, settings, adapters.rates(recipe.adapter))
     if shards:
         shards.connect(optimizer)
     stepper = step.Stepper(model, optimizer, recipe, choice.device, sharded=shards is not None)
@@ -184,6 +185,7 @@ def train(
         return not settings.early_stopping or now.evaluations_without_better < settings.early_stopping
 
     model.train()
+    soft = virtual.of(head.causal_lm(model))
     every, guarded = evaluate_every(recipe, total), watch is not None and recipe.method.guard == "stop"
     enough = settings.early_stopping and now.evaluations_without_better >= settings.early_stopping
     enough = enough or bool(now.stopped)
@@ -207,9 +209,13 @@ def train(
             clock.tick(now, done.tokens)
             bar.advance(now.step, now.window_loss / now.window_weight, now.window)
             if now.step % settings.log_steps == 0 or now.step == total:
-                row = _log_row(now, done, choice)
+                row = _log_row(now, done, soft, choice)
+                remark = guard.still(row, now.step / total, now.said) if soft else None
+                if remark:
+                    now.said.append(remark.kind)
+                    console.print(str(remark), markup=False, highlight=False, soft_wrap=True)
                 if run:
-                    run.log(row)
+                    run.log(row | ({"remarks": [asdict(remark)]} if remark else {}))
                 bar.logged(row)
                 now.window_loss, now.window_weight, now.window_told, now.window = 0.0, 0, {}, Progress().window
             stopping = world.sums(stop.asked)[0] > 0  # a signal reaches each process at its own time
@@ -254,13 +260,14 @@ class _Clock:
         self.wall, self.cpu = wall, cpu
 
 
-def _log_row(now: Progress, done: step.Done, choice: device.Choice) -> dict[str, Any]:
+def _log_row(now: Progress, done: step.Done, soft: virtual.Virtual | None, choice: device.Choice) -> dict[str, Any]:
     peak = _peak_mb(choice)
     cpu_seconds = distributed.world().sums(now.window["cpu_seconds"])[0]
     return {
         "step": now.step,
         "loss": now.window_loss / now.window_weight,
         **by_label({name: value / now.window_weight for name, value in now.window_told.items()}),
+        **({} if soft is None else {"prompt_norm": soft.norm(), "prompt_moved": soft.moved()}),
         "learning_rate": done.learning_rate,
         "grad_norm": done.norm,
         "tokens": now.tokens,

@@ -143,7 +143,7 @@ def _stepper(recipe: Recipe, choice: Choice, config: Any, layers: int) -> step.S
     model = cut.build(config, layers, choice.device, choice.dtype, recipe.model.trust_remote_code)
     if recipe.model.quantization != "none":
         cut.quantize(model, recipe.model.quantization)
-    if recipe.adapter.kind == "lora":
+    if recipe.adapter.kind != "none":
         model = adapters.add(model, recipe.adapter, recipe.train.seed)
     model = ready.make_ready(model, checkpointing=recipe.train.gradient_checkpointing == "on")
     model.train()

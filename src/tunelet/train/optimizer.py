@@ -8,7 +8,7 @@ narrower than fp32 is rounded stochastically (train/rounding.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch.optim.adamw import adamw
@@ -54,10 +54,11 @@ class _Moments:
 
 
 class _Bucket:
-    """Parameters of one dtype, device and decay class; master and moments lie in one flat buffer each."""
+    """Parameters of one dtype, device, decay class and factor of the learning rate; master and moments lie in one flat
+    buffer each."""
 
-    def __init__(self, parameters: list[torch.nn.Parameter], names: list[str], decay: bool, state: str):
-        self.parameters, self.names, self.decay = parameters, names, decay
+    def __init__(self, parameters: list[torch.nn.Parameter], names: list[str], decay: bool, factor: float, state: str):
+        self.parameters, self.names, self.decay, self.factor = parameters, names, decay, factor
         self.sizes = [p.numel() for p in parameters]
         self.n, device = sum(self.sizes), parameters[0].device
         self.low = parameters[0].dtype != torch.float32
@@ -113,6 +114,7 @@ class AdamW:
     state: "float32" (fp32 moments, and an fp32 master of narrower weights), "bfloat16" or "float8" (moments of that
     width, the weights as they are). The noise of rounding is a function of (seed, step, bucket) only: it needs no place
     in a checkpoint, and a resumed run is bit-identical. Weight decay applies to matrices, not to norms and biases.
+    rates: (part of a name, factor): parameters of such a name learn so many times faster.
     """
 
     def __init__(
@@ -124,6 +126,7 @@ class AdamW:
         eps=1e-8,
         seed=0,
         state="float32",
+        rates: Sequence[tuple[str, float]] = (),
     ):
         self.betas, self.weight_decay, self.eps, self.seed, self.state_dtype = betas, weight_decay, eps, seed, state
         self.steps = 0
@@ -132,22 +135,24 @@ class AdamW:
         classes: dict[tuple, list[tuple[str, torch.nn.Parameter]]] = {}
         for name, p in named_parameters:
             if p.requires_grad:
-                kind = (str(p.device), p.dtype, p.ndim >= 2, getattr(p, "is_shard", False))
+                factor = next((factor for part, factor in rates if part in name), 1.0)
+                kind = (str(p.device), p.dtype, p.ndim >= 2, factor, getattr(p, "is_shard", False))
                 classes.setdefault(kind, []).append((name, p))
         self.buckets: list[_Bucket] = []
-        for (_, _, decay, _), members in classes.items():
+        for (_, _, decay, factor, _), members in classes.items():
             start = size = 0
             for i, (_, p) in enumerate(members):
                 if i > start and size + p.numel() > CHUNK_ELEMENTS:
-                    self._bucket(members[start:i], decay)
+                    self._bucket(members[start:i], decay, factor)
                     start, size = i, 0
                 size += p.numel()
-            self._bucket(members[start:], decay)
+            self._bucket(members[start:], decay, factor)
         self._place = {p: (bucket, i) for bucket in self.buckets for i, p in enumerate(bucket.parameters)}
         self._hooks = [p.register_post_accumulate_grad_hook(self.take) for p in self._place]
 
-    def _bucket(self, members, decay):
-        self.buckets.append(_Bucket([p for _, p in members], [name for name, _ in members], decay, self.state_dtype))
+    def _bucket(self, members, decay, factor):
+        parameters, names = [p for _, p in members], [name for name, _ in members]
+        self.buckets.append(_Bucket(parameters, names, decay, factor, self.state_dtype))
 
     def _generator(self, i: int) -> torch.Generator:
         """The noise of bucket i in the step that was last begun."""
@@ -248,7 +253,7 @@ class AdamW:
                     maximize=False,
                     beta1=self.betas[0],
                     beta2=self.betas[1],
-                    lr=learning_rate,
+                    lr=learning_rate * bucket.factor,
                     eps=self.eps,
                     weight_decay=self.weight_decay if bucket.decay else 0.0,
                 )

@@ -235,8 +235,8 @@ def _model(recipe: Recipe, tokenizer: Any, choice: Choice) -> Any:
     load.check_tokenizer(model, tokenizer, recipe.model.path)
     if hasattr(model, "peft_config"):
         adapters.train_on(model, recipe.adapter, recipe.model.path)
-    elif recipe.adapter.kind == "lora":
-        model = adapters.add(model, recipe.adapter, recipe.train.seed)
+    elif recipe.adapter.kind != "none":
+        model = adapters.add(model, recipe.adapter, recipe.train.seed, tokenizer)
     return model
 
 
@@ -245,13 +245,17 @@ def train_and_save(recipe: Recipe, run: Run, prepared: Prepared, model: Any, cho
 
     model: from `load_for_training`; None: it is loaded.
     """
-    from tunelet.models import device, save
+    from tunelet.models import adapters, device, save
     from tunelet.train import loop
 
     follow.tell_settled(recipe, choice, prepared, run.folder / TOKENIZER)
     if model is None:
         with energy.metered(run, "loading", choice.device):
             model = load_for_training(recipe, prepared, choice)
+    if recipe.adapter.kind != "none":
+        told = adapters.described(model, recipe.adapter)
+        run.write_json("adapter.json", told)
+        console.print(adapters.line(told), markup=False, highlight=False)
     dtype = save.dtype_of(model, recipe.model.path, choice.dtype)
     device.start_peak(choice.device)
     with energy.metered(run, "training", choice.device):

@@ -62,14 +62,16 @@ def micro_batches(rows: Sequence[Tokens], settings: TrainSection) -> list[list[T
     return out
 
 
-def optimizer_for(model: Any, settings: TrainSection) -> AdamW:
-    """The optimizer of a training with these settings, over the parameters of `model` that are trained."""
+def optimizer_for(model: Any, settings: TrainSection, rates: Sequence[tuple[str, float]] = ()) -> AdamW:
+    """The optimizer of a training with these settings, over the parameters of `model` that are trained; rates: as in
+    AdamW."""
     return AdamW(
         model.named_parameters(),
         betas=(settings.beta1, settings.beta2),
         weight_decay=settings.weight_decay,
         seed=settings.seed,
         state="float32" if settings.optimizer_state == "auto" else settings.optimizer_state,
+        rates=rates,
     )
 
 
