@@ -85,14 +85,15 @@ ADAPTER_KEYS = {
     "lr_ratio": LORA,
     "target_modules": (*LORA, "ia3"),
     "num_virtual_tokens": VIRTUAL,
-    "init": (*LORA, "prompt"),
-    "init_text": ("prompt",),
+    "init": (*LORA, *VIRTUAL),
+    "init_text": VIRTUAL,
 }
 INITS = {
     "lora": ("random", "olora", "pissa"),
     "rslora": ("random", "olora", "pissa"),
     "dora": ("random",),
     "prompt": ("random", "vocabulary", "text"),
+    "prefix": ("random", "vocabulary", "text"),
 }
 PREFERENCE = ("dpo", "orpo", "simpo", "kto")
 REFERENCED = ("dpo", "kto")
@@ -219,10 +220,10 @@ class AdapterSection(Section):
     num_virtual_tokens: int = Field(16, ge=1, description="trained positions in front of every row")
     init: Literal["auto", "random", "olora", "pissa", "vocabulary", "text"] = Field(
         "auto",
-        description="lora: random (A random, B zero), olora or pissa (parts of the weights); prompt: random, "
-        "vocabulary (embeddings of random tokens) or text (init_text); auto: random, for prompt text or vocabulary",
+        description="lora: random (A random, B zero), olora or pissa (parts of the weights); prompt, prefix: random, "
+        "vocabulary (random tokens) or text (init_text); auto: random; prompt, prefix: text if given, else vocabulary",
     )
-    init_text: str = Field("", description="prompt: its tokens' embeddings are where the virtual tokens begin")
+    init_text: str = Field("", description="prompt, prefix: the virtual tokens begin as this text")
 
 
 class EvalSection(Section):

@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tunelet.commands.common import Device, Dtype, Json, Template, Trust, open_console, open_engine, write_json
+from tunelet.commands.common import (
+    Adapters,
+    Device,
+    Dtype,
+    Json,
+    Template,
+    Trust,
+    Use,
+    open_console,
+    open_engine,
+    write_json,
+)
 from tunelet.errors import TuneletError
 
 if TYPE_CHECKING:
@@ -18,7 +29,12 @@ if TYPE_CHECKING:
     from tunelet.data.examples import Message
 
 RunOrModel = Annotated[
-    str, typer.Argument(metavar="RUN_OR_MODEL", help="A run's folder, starter, a model folder or a hub id.")
+    str | None,
+    typer.Argument(
+        metavar="RUN_OR_MODEL",
+        help="A run's folder, starter, a model folder or a hub id. With --adapter: the base, if not their own.",
+        show_default=False,
+    ),
 ]
 MaxNew = Annotated[int, typer.Option(min=1, metavar="N", help="Longest answer, in tokens.")]
 Temperature = Annotated[float, typer.Option(min=0, metavar="X", help="0 always takes the likeliest token.")]
@@ -30,10 +46,13 @@ Seed = Annotated[int, typer.Option(min=0, metavar="N", help="Of the sampling; th
 Raw = Annotated[bool, typer.Option("--raw", help="No chat template: go on with the text as it stands.")]
 
 HELP = "/reset forgets the conversation, /system TEXT sets the system message, /save FILE writes it down, /quit ends."
+ADAPTERS = "/adapter shows the adapters; /adapter NAME, A+B, 0.7*A+0.3*B or off answers with these."
 
 
 def chat(
-    model: RunOrModel,
+    model: RunOrModel = None,
+    adapter: Adapters = None,
+    use: Use = None,
     prompt: Annotated[
         str | None, typer.Option("--prompt", metavar="TEXT", help="Ask once, print the answer, end.")
     ] = None,
@@ -52,7 +71,7 @@ def chat(
 ) -> None:
     """Talk with a model. Answers come as they are made; the conversation is kept until /reset."""
     console = open_console(json_to)
-    engine = open_engine(model, device=device, dtype=dtype, trust=trust, template=template)
+    engine = open_engine(model, device=device, dtype=dtype, trust=trust, template=template, adapters=adapter, use=use)
     options = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -67,6 +86,8 @@ def chat(
         return
     if sys.stdin.isatty():
         console.print(f"{HELP} Ctrl-C stops an answer.", style="dim", markup=False)
+        if adapter:
+            console.print(ADAPTERS, style="dim", markup=False)
     while (line := _read_line(console)) is not None:
         if not session.command(line):
             return
@@ -97,8 +118,10 @@ class _Session:
             self._note("A new conversation with this system message." if rest else "No system message any more.")
         elif word == "/save":
             self._save(rest.strip())
+        elif word == "/adapter":
+            self._adapter(rest.strip())
         elif word in ("/help", "/?"):
-            self._note(HELP)
+            self._note(f"{HELP} {ADAPTERS}" if hasattr(self.engine, "names") else HELP)
         elif word.startswith("/") and "/" not in word[1:]:
             self._note(f"There is no {word}. {HELP}")
         else:
@@ -141,6 +164,20 @@ class _Session:
         head = [{"role": "system", "content": self.system}] if self.system else []
         return {"messages": head + [message.as_dict() for message in self.messages]}
 
+    def _adapter(self, mix: str) -> None:
+        """Answer on with other adapters; the conversation is kept."""
+        names = getattr(self.engine, "names", None)
+        if names is None:
+            self._note("No adapters are loaded: tunelet chat --adapter NAME=RUN loads some.")
+            return
+        try:
+            if mix:
+                self.engine.use(mix)
+        except TuneletError as error:
+            self._note(str(error))
+            return
+        self._note(f"Adapters: {', '.join(names)}. In use: {self.engine.used}.")
+
     def _save(self, name: str) -> None:
         """Append the conversation to a JSONL file: a row that can be trained on."""
         if not name:
@@ -168,12 +205,14 @@ def _read_line(console: Console) -> str | None:
 
 
 def generate(
-    model: RunOrModel,
     prompts: Annotated[
         Path,
         typer.Option("--prompts", metavar="FILE", help="Text: a prompt a line. JSONL: rows with prompt or messages."),
     ],
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The JSONL file to write, in the prompts' order.")],
+    model: RunOrModel = None,
+    adapter: Adapters = None,
+    use: Use = None,
     system: Annotated[str, typer.Option(metavar="TEXT", help="System message for prompts without one.")] = "",
     max_new_tokens: MaxNew = 256,
     temperature: Temperature = 0.0,
@@ -188,7 +227,10 @@ def generate(
     trust: Trust = False,
     json_to: Json = None,
 ) -> None:
-    """Answer a file of prompts. Stopped half-way, the same command goes on where it was."""
+    """Answer a file of prompts. Stopped half-way, the same command goes on where it was.
+
+    With --adapter a row may say which it is for: {"prompt": "...", "adapter": "NAME"} (or A+B, 0.7*A+0.3*B, off).
+    """
     console = open_console(json_to)
     from tunelet.infer.batch import answer_file
 
@@ -200,8 +242,12 @@ def generate(
         "seed": seed,
     }
     settings = options | {"model": model, "system": system, "raw": raw, "template": template, "batch_size": batch_size}
+    if adapter:
+        from tunelet.infer.adapters import named
+
+        settings |= {"adapters": named(adapter), "use": use}
 
     def engine() -> Any:
-        return open_engine(model, device=device, dtype=dtype, trust=trust, template=template)
+        return open_engine(model, device=device, dtype=dtype, trust=trust, template=template, adapters=adapter, use=use)
 
     write_json(answer_file(prompts, out, engine, settings, console), json_to)

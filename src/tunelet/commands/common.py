@@ -40,7 +40,22 @@ Data = Annotated[
     list[str] | None,
     typer.Option("--data", metavar="D", help="starter, a file, a folder or a hub id. Repeat for more."),
 ]
-Adapter = Annotated[str | None, typer.Option("--adapter", metavar="KIND", help="none or lora.")]
+Adapter = Annotated[
+    str | None,
+    typer.Option("--adapter", metavar="KIND", help="none, lora, rslora, dora, prompt, prefix or ia3."),
+]
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter", metavar="[NAME=]RUN", help="A run or folder with an adapter, put on the model. Repeat for more."
+    ),
+]
+Use = Annotated[
+    str | None,
+    typer.Option(
+        "--use", metavar="MIX", help="Which adapters: NAME, A+B, 0.7*A+0.3*B, or off. Default: the first one."
+    ),
+]
 Device = Annotated[str, typer.Option(metavar="D", help="auto, cpu, cuda or mps.")]
 Dtype = Annotated[str, typer.Option(metavar="D", help="auto, float32 or bfloat16.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
@@ -215,10 +230,35 @@ def open_tokenizer(model: str, template: str | None = None) -> tuple[Any, Any]:
     return tokenizer, Renderer(tokenizer)
 
 
-def open_engine(model: str, *, device: str, dtype: str, trust: bool, template: str | None) -> Any:
-    """A TorchEngine of a model, a run or adapter. The tokenizer first: its mistakes show without loading weights."""
+def open_engine(
+    model: str | None,
+    *,
+    device: str,
+    dtype: str,
+    trust: bool,
+    template: str | None,
+    adapters: Sequence[str] | None = None,
+    use: str | None = None,
+) -> Any:
+    """A TorchEngine of a model, a run or adapter; with `adapters` an AdapterEngine. The tokenizer first: its mistakes
+    show without loading weights."""
     choice_of("--device", device, ("auto", "cpu", "cuda", "mps"))
     choice_of("--dtype", dtype, ("auto", "float32", "bfloat16"))
+    if adapters:
+        from tunelet.infer.adapters import AdapterEngine, named
+        from tunelet.models import device as devices
+
+        choice = devices.choose(device, dtype)
+        devices.apply(choice)
+        engine = AdapterEngine.open(model, named(adapters), choice, template=template or "", trust_remote_code=trust)
+        if use is not None:
+            engine.use(use)
+        return engine
+    if use is not None or model is None:
+        raise TuneletError(
+            "--use: there are no adapters to choose among" if use else "which model?",
+            fix="give adapters: --adapter NAME=RUN" if use else "name a model, a run, or adapters: --adapter RUN",
+        )
     tokenizer, renderer = open_tokenizer(model, template)
     from tunelet.infer.engine import TorchEngine
     from tunelet.models import device as devices

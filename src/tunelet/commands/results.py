@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tunelet.commands.common import (
+    Adapters,
     Columns,
     Device,
     Dtype,
     Json,
     Template,
     Trust,
+    Use,
     bar,
     choice_of,
     column_map,
@@ -33,12 +35,19 @@ if TYPE_CHECKING:
 
 TASKS = ("starter", "held_out", "preference")
 RunOrModel = Annotated[
-    str, typer.Argument(metavar="MODEL_OR_RUN", help="A run's folder, starter, a model folder or a hub id.")
+    str | None,
+    typer.Argument(
+        metavar="MODEL_OR_RUN",
+        help="A run's folder, starter, a model folder or a hub id. With --adapter: the base, if not their own.",
+        show_default=False,
+    ),
 ]
 
 
 def evaluate(
-    model: RunOrModel,
+    model: RunOrModel = None,
+    adapter: Adapters = None,
+    use: Use = None,
     task: Annotated[
         str | None,
         typer.Option(
@@ -131,8 +140,10 @@ def evaluate(
             once = list({repr(example.prompt): example for example in loaded}.values())
             return winrate.answers(engine, once, progress=progress, **answering)
 
-    engine = open_engine(model, template=template, **opening)
+    engine = open_engine(model, template=template, adapters=adapter, use=use, **opening)
     figures: dict[str, Any] = {"model": model, "task": task}
+    if adapter:
+        figures |= {"adapters": list(engine.names), "used": engine.used}
     if task == "starter":
         scored = starter_items(engine)
         metrics, answered = scored.metrics, scored.items
@@ -141,7 +152,7 @@ def evaluate(
     else:
         metrics, answered = _pairs(engine, names, loaded, max_length, console)
     if against:
-        first = answers(engine, model)
+        first = answers(engine, model or engine.used)
         del engine  # one model in memory at a time
         second = answers(open_engine(against, template=template, **opening), against)
         asked = open_engine(judge, template=None, **opening) if judge else None

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,8 @@ PROMPT_KEYS = ("prompt", "instruction", "question", "text", "input")
 def answer_file(
     prompts: Path, out: Path, open_engine: Callable[[], Any], settings: Mapping[str, Any], console: Console
 ) -> dict[str, Any]:
-    """Answer every prompt of `prompts` into `out`. `settings`: sampling, model, system, raw, batch_size (ints, texts).
+    """Answer every prompt of `prompts` into `out`. `settings`: sampling, model, system, raw, batch_size (ints, texts);
+    with an AdapterEngine also adapters (name -> folder) and use (None: the first).
 
     Returns {"prompts", "stopped", "tokens", "seconds", "out"}; seconds are of this call. Raises TuneletError for bad
     rows
@@ -40,6 +41,7 @@ def answer_file(
     if not out.parent.is_dir():
         raise TuneletError(f"{out}: there is no folder {out.parent}", fix="make it, or choose another --out")
     rows = read_prompts(prompts, str(settings["system"]))
+    _check_adapters(rows, settings, prompts)
     chunk = CHUNK * int(settings["batch_size"])
     part = _Part(out, {**settings, "prompts": hashlib.sha256(prompts.read_bytes()).hexdigest()}, chunk)
     done = part.take_up()
@@ -54,14 +56,20 @@ def answer_file(
         task = bar.add_task("", total=len(rows), completed=done)
         for start in range(done, len(rows), chunk):
             here = rows[start : start + chunk]
-            ids = [_ids(engine, messages, bool(settings["raw"])) for _, messages in here]
-            answers = engine.generate(
-                ids,
-                **options,
-                seed=int(settings["seed"]) + start,
-                batch_size=int(settings["batch_size"]),
-                progress=lambda finished, start=start: bar.update(task, completed=start + finished),
-            )
+            answers: list[Any] = [None] * len(here)
+            for mix, places in _by_adapter(here, settings).items():
+                if mix is not None:
+                    engine.use(mix)
+                count = sum(answer is not None for answer in answers)
+                found = engine.generate(
+                    [_ids(engine, here[place][1], bool(settings["raw"])) for place in places],
+                    **options,
+                    seed=int(settings["seed"]) + start,
+                    batch_size=int(settings["batch_size"]),
+                    progress=lambda finished, at=start + count: bar.update(task, completed=at + finished),
+                )
+                for place, answer in zip(places, found, strict=True):
+                    answers[place] = answer
             part.write(
                 row | {"completion": answer.text, "finish": answer.finish, "tokens": len(answer.ids)}
                 for (row, _), answer in zip(here, answers, strict=True)
@@ -78,6 +86,33 @@ def answer_file(
         "seconds": round(time.monotonic() - started, 3),
         "out": str(out),
     }
+
+
+def _check_adapters(rows: Sequence[tuple[dict[str, Any], Any]], settings: Mapping[str, Any], prompts: Path) -> None:
+    """Raises TuneletError for rows that want an adapter which is not loaded, before any is answered."""
+    if "adapters" not in settings:
+        return
+    known = {*settings["adapters"], "off"}
+    for mix, places in _by_adapter(rows, settings).items():
+        names = {part.rpartition("*")[2].strip() for part in str(mix).split("+")}
+        if unknown := sorted(names - known):
+            raise TuneletError(
+                f"{prompts}: row {places[0] + 1} wants the adapter '{unknown[0]}'"
+                + (f", and {len(places) - 1} more do" if len(places) > 1 else ""),
+                why=f"loaded are: {', '.join(settings['adapters'])}",
+                fix=f"load it too: --adapter {unknown[0]}=RUN",
+            )
+
+
+def _by_adapter(rows: Sequence[tuple[dict[str, Any], Any]], settings: Mapping[str, Any]) -> dict[str | None, list[int]]:
+    """Which adapters -> places of the rows that want them; None where there are no adapters."""
+    if "adapters" not in settings:
+        return {None: list(range(len(rows)))}
+    usual = settings["use"] or next(iter(settings["adapters"]))
+    out: dict[str | None, list[int]] = {}
+    for place, (row, _) in enumerate(rows):
+        out.setdefault(str(row.get("adapter") or usual), []).append(place)
+    return out
 
 
 def _ids(engine: Any, messages: list[Message], raw: bool) -> list[int]:

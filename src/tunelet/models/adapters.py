@@ -137,7 +137,7 @@ def _begin_from_weights(model: Any, init: str) -> None:
     adapter is written down for the base as it was.
     """
     begun = {}
-    for name, layer in _lora_layers(model):
+    for name, layer in lora_layers(model):
         base, key = layer.get_base_layer(), layer.active_adapters[0]
         a, b, scaling = layer.lora_A[key].weight, layer.lora_B[key].weight, layer.scaling[key]
         turned = _input_axis(base) == 0
@@ -208,7 +208,7 @@ def check_base(folder: Path, base: Path) -> None:
         )
 
 
-def _lora_layers(model: Any) -> list[tuple[str, Any]]:
+def lora_layers(model: Any) -> list[tuple[str, Any]]:
     """(name in the PeftModel, layer) of every layer with LoRA."""
     from peft.tuners.lora.layer import LoraLayer
 
@@ -261,13 +261,17 @@ def kind_of(config: Any) -> str:
 def take_in(model: Any, trainable: bool = True) -> None:
     """A PeftModel that has just got its adapter: its weights in the model's dtype, its virtual tokens in front of every
     row."""
-    dtype = model.get_input_embeddings().weight.dtype
-    for name, p in model.named_parameters():
-        if ("lora_" in name or "ia3_" in name or "prompt_encoder" in name) and p.dtype != dtype:
-            p.data = p.data.to(dtype)
+    in_dtype(model, model.get_input_embeddings().weight.dtype)
     own = virtual.attach(model)
     if own:
         own.weight.requires_grad_(trainable)
+
+
+def in_dtype(model: Any, dtype: torch.dtype) -> None:
+    """An adapter computes in its model's dtype, like everything else."""
+    for name, p in model.named_parameters():
+        if ("lora_" in name or "ia3_" in name or "prompt_encoder" in name) and p.dtype != dtype:
+            p.data = p.data.to(dtype)
 
 
 def does_not_fit(folder: Path, base: Path, error: Exception) -> TuneletError:
@@ -311,7 +315,7 @@ def described(model: Any, section: AdapterSection) -> dict[str, Any]:
     """What is trained: {"kind", "trained", "parameters", "share", "mb"}: numbers, of all numbers with the adapter's;
     size of the adapter's file in MB."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    of = sum(_numbers(module) for module in model.modules())
+    of = _numbers(model)
     begun = getattr(model, BEGUN, None)
     written = trained * (2 if begun else 1)
     return {
@@ -324,11 +328,11 @@ def described(model: Any, section: AdapterSection) -> dict[str, Any]:
     }
 
 
-def _numbers(module: torch.nn.Module) -> int:
-    """Weights of a module itself; quantised ones are counted as what they stand for."""
-    if hasattr(module, "codes"):
-        return module.weight.numel()
-    return sum(p.numel() for p in module.parameters(recurse=False))
+def _numbers(model: torch.nn.Module) -> int:
+    """All weights, tied ones once; quantised ones are counted as what they stand for."""
+    packed = [module for module in model.modules() if hasattr(module, "codes")]
+    inside = {p for module in packed for p in module.parameters(recurse=False)}
+    return sum(p.numel() for p in model.parameters() if p not in inside) + sum(m.weight.numel() for m in packed)
 
 
 def line(told: dict[str, Any]) -> str:

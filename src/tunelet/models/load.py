@@ -252,35 +252,44 @@ def cannot_load(folder: Path, error: Exception) -> TuneletError:
     )
 
 
-def _load_adapter(
-    folder: Path, choice: Choice, trust_remote_code: bool, dtype: str | None, trainable: bool, quantization: str
-) -> Any:
+def adapter_config(folder: Path) -> dict[str, Any]:
+    """adapter_config.json of an adapter's folder. Raises TuneletError where it, or the weights, cannot be read."""
     import json
 
-    from peft import PeftModel
-
-    if not (folder / "adapter_model.safetensors").is_file():
+    if not (folder / adapters.WEIGHTS).is_file():
         raise TuneletError(
             f"The adapter in {folder} has no weights.",
-            why="there is no adapter_model.safetensors",
+            why=f"there is no {adapters.WEIGHTS}",
             fix="Save the adapter again as safetensors; pickle files are not opened.",
         )
-    weights.check_file(folder / "adapter_model.safetensors")
+    weights.check_file(folder / adapters.WEIGHTS)
     try:
-        told = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        base = told["base_model_name_or_path"]
-    except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+        told = json.loads((folder / adapters.CONFIG).read_text(encoding="utf-8"))
+        return told | {"base_model_name_or_path": told["base_model_name_or_path"] or ""}
+    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise TuneletError(
-            f"{folder / 'adapter_config.json'} cannot be read.", why=str(error), fix="Get the adapter's folder again."
+            f"{folder / adapters.CONFIG} cannot be read.", why=str(error), fix="Get the adapter's folder again."
         ) from error
+
+
+def base_of(folder: Path) -> Path:
+    """The folder of the base model that the adapter in `folder` names. Raises TuneletError where it is not here."""
     try:
-        base_folder = resolve(base or "")
+        return resolve(adapter_config(folder)["base_model_name_or_path"])
     except TuneletError as error:
         raise TuneletError(
             f"The base model of the adapter in {folder} is not here.",
             why=error.what,
             fix='Put the right folder in "base_model_name_or_path" of its adapter_config.json.',
         ) from error
+
+
+def _load_adapter(
+    folder: Path, choice: Choice, trust_remote_code: bool, dtype: str | None, trainable: bool, quantization: str
+) -> Any:
+    from peft import PeftModel
+
+    told, base_folder = adapter_config(folder), base_of(folder)
     weights.check(base_folder)
     adapters.check_base(folder, base_folder)
     untrainable = told.get("peft_type") in adapters.VIRTUAL_TYPES  # which peft refuses to train on
@@ -293,9 +302,9 @@ def _load_adapter(
             autocast_adapter_dtype=False,
             use_safetensors=True,
         )
+        adapters.take_in(model, trainable)
     except (RuntimeError, ValueError) as error:
         raise adapters.does_not_fit(folder, base_folder, error) from error
-    adapters.take_in(model, trainable)
     weights.check_finite(model, folder)
     return model.to(choice.device).eval()
 

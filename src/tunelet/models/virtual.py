@@ -135,21 +135,34 @@ def of(lm: Any) -> Virtual | None:
     return getattr(lm, PLACE, None)
 
 
-def attach(model: Any, name: str | None = None) -> Virtual | None:
-    """Make the virtual tokens of a PeftModel's adapter (None: the active one) those of its base model; None for an
-    adapter of another kind."""
-    name = name or model.active_adapter
-    config = model.peft_config[name]
-    if not config.is_prompt_learning:
-        return None
-    encoder = model.prompt_encoder[name]
-    weight = encoder.embedding.weight
+def made(model: Any, name: str) -> Virtual:
+    """The virtual tokens that a PeftModel's adapter consists of, in its model's dtype. Raises ValueError where they are
+    not of the model's sizes."""
+    config, encoder = model.peft_config[name], model.prompt_encoder[name]
+    lm = model.get_base_model()
+    base, text = lm.get_input_embeddings().weight, lm.config.get_text_config()
+    encoder.to(device=base.device, dtype=base.dtype)
     heads = None
+    wanted, there = base.shape[1], encoder.embedding.weight.shape[1]
     if config.peft_type == "PREFIX_TUNING":
         heads = (config.num_layers, config.num_attention_heads, config.token_dim // config.num_attention_heads)
-    made = Virtual(encoder, heads, weight.detach().clone().float().cpu())
-    setattr(model.get_base_model(), PLACE, made)
-    return made
+        own = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        wanted, there = (text.num_hidden_layers, own, dim), heads
+    if wanted != there:
+        raise ValueError(f"size mismatch: its virtual tokens have {there} numbers, the model's {wanted}")
+    return Virtual(encoder, heads, encoder.embedding.weight.detach().clone().float().cpu())
+
+
+def attach(model: Any) -> Virtual | None:
+    """Put the virtual tokens of a PeftModel's adapter in front of its base model's rows; None for an adapter of another
+    kind."""
+    name = model.active_adapter
+    if not model.peft_config[name].is_prompt_learning:
+        return None
+    own = made(model, name)
+    setattr(model.get_base_model(), PLACE, own)
+    return own
 
 
 def cache_name(lm: Any) -> str:
