@@ -16,7 +16,7 @@ from tunelet import cli
 from tunelet.errors import GateError, TuneletError
 
 SRC = Path(tunelet.__file__).parents[1]
-VERBS = ["demo", "align", "train", "eval", "chat", "generate", "report", "doctor", "compare"]
+VERBS = ["demo", "align", "train", "eval", "chat", "generate", "report", "doctor", "compare", "sweep", "export"]
 VERBS += ["data convert", "data doctor", "data render", "data mask", "recipe show", "recipe init"]
 CHATS = [
     {"messages": [{"role": "user", "content": "Turn on the light."}, {"role": "assistant", "content": "It is on."}]},
@@ -67,7 +67,7 @@ def test_version(capsys):
         (["data", "convrt"], "convert"),
         (["train", "sft", "--modle", "x"], "--model"),
         (["align"], "RECIPE"),
-        (["chat"], "RUN_OR_MODEL"),
+        (["chat"], "which model?"),
         (["generate", "starter", "--prompts", "p.txt"], "--out"),
         (["eval", "starter", "--items", "many"], "--items"),
         (["data", "mask", "starter", "--row", "0"], "--row"),

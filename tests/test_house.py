@@ -35,7 +35,12 @@ MAY: dict[str, set[str]] = {
     "machine": BOTTOM | {"models", "runs"},
     "stages": {"errors", "recipe", "recipe_io", "runs"},
     "align": BOTTOM | {"stages", "data", "models", "methods", "infer", "evals", "train", "runs"},
-    "commands": BOTTOM | {"stages", "data", "models", "methods", "infer", "evals", "train", "runs", "align", "machine"},
+    "sweep_grid": {"errors", "recipe", "recipe_io", "recipe_text"},
+    "sweep_judge": {"errors", "align", "runs"},
+    "sweep": BOTTOM | {"sweep_grid", "sweep_judge", "stages", "align", "models", "train", "runs"},
+    "commands": BOTTOM
+    | {"stages", "data", "models", "methods", "infer", "evals", "train", "runs", "align", "machine"}
+    | {"sweep", "sweep_grid"},
     "cli": BOTTOM | {"commands"},
     "__main__": {"cli"},
 }

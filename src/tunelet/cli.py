@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from tunelet import __version__
-from tunelet.commands import ask, common, compare, data, machine, plan, recipe, results, train
+from tunelet.commands import ask, common, compare, data, export, machine, plan, recipe, results, sweep, train
 from tunelet.errors import TuneletError, did_you_mean
 
 app = typer.Typer(
@@ -47,11 +47,13 @@ def _main(
 app.command("demo", short_help="Align the shipped model; show before and after.")(train.demo)
 app.command("align", short_help="From a recipe to a report: before and after.")(train.align)
 app.command("train", short_help="Train a model: sft, dpo, orpo, ...")(train.train)
+app.command("sweep", short_help="Which settings are best? A grid of them.")(sweep.sweep)
 app.command("plan", short_help="How long will it take, and will it fit?")(plan.plan)
 app.add_typer(data.app, name="data")
 app.command("eval", short_help="Score a model or a run, with intervals.")(results.evaluate)
 app.command("chat", short_help="Talk with a model.")(ask.chat)
 app.command("generate", short_help="Answer a file of prompts.")(ask.generate)
+app.command("export", short_help="An adapter becomes a model folder, and is proved.")(export.export)
 app.command("compare", short_help="Finished runs side by side, and tested.")(compare.compare)
 app.command("report", short_help="Write a run's page again.")(results.report)
 app.add_typer(recipe.app, name="recipe")

@@ -116,7 +116,9 @@ class ModelSection(Section):
     trust_remote_code: bool = Field(
         False, description="run Python code that comes with the model; only for makers you trust"
     )
-    chat_template: str = Field("", description="file with a Jinja chat template; '': the tokenizer's own")
+    chat_template: str = Field(
+        "", description="file with a Jinja chat template, chatml, or plain; '': the tokenizer's own"
+    )
     architecture: dict[str, Any] = Field(
         default_factory=dict, description="pretrain from random weights: a transformers config (model_type, ...)"
     )

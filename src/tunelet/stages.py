@@ -48,8 +48,23 @@ def of(recipe: Recipe, origins: Mapping[str, str], out: Path) -> list[Stage]:
                 if where.get(f"model.{key}", "default") == "default":  # what was asked of the first holds for all
                     setattr(made.model, key, getattr(recipe.model, key))
             where["model.path"] = "the stage before"
+            _go_on_with_adapter(out_stages[-1].recipe, made, where)
         out_stages.append(Stage(made, where, folder))
     return out_stages
+
+
+def _go_on_with_adapter(before: Recipe, made: Recipe, where: dict[str, str]) -> None:
+    """A stage after one that trained an adapter trains that adapter on, over the same base. One that asks for another
+    kind is told so when it loads (models/adapters.py)."""
+    adapter = before.adapter
+    if adapter.kind == "none" or made.adapter.kind not in ("none", adapter.kind):
+        return
+    changes: dict[str, object] = {"init": "auto", "init_text": "", "target_modules": []}
+    if adapter.init in ("olora", "pissa"):  # written with what it began as beside it
+        changes |= {"rank": 2 * adapter.rank, "alpha": adapter.alpha * (2**0.5 if adapter.kind == "rslora" else 2)}
+    made.adapter = adapter.model_copy(update=changes)
+    made.model.quantization = before.model.quantization
+    where |= {"adapter.kind": "that of the stage before", "model.quantization": "as in the stage before"}
 
 
 def unfinished(recipe: Recipe, out: Path) -> Run | None:

@@ -61,7 +61,7 @@ Dtype = Annotated[str, typer.Option(metavar="D", help="auto, float32 or bfloat16
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
 Template = Annotated[
     str | None,
-    typer.Option("--template", metavar="FILE", help="A Jinja chat template (or chatml) instead of the model's own."),
+    typer.Option("--template", metavar="FILE", help="A Jinja chat template, chatml or plain, for the model's own."),
 ]
 Columns = Annotated[
     list[str] | None,

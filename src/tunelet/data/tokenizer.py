@@ -1,4 +1,4 @@
-"""Loading a tokenizer from a folder, with errors a user can mend, and the built-in chat template.
+"""Loading a tokenizer from a folder, with errors a user can mend, and the built-in chat templates.
 
 Not for rendering (render.py is the only template code) and not for training a tokenizer. Never resizes a vocabulary.
 """
@@ -20,15 +20,23 @@ CHATML = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-BUILT_IN_TEMPLATES = {"chatml": CHATML}
+# Of ordinary words and the tokenizer's own end of text: for base models, whose ChatML tokens nothing has trained yet.
+PLAIN = (
+    "{% for message in messages %}"
+    "{{ message['role'] | capitalize + ':\n' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:\n' }}{% endif %}"
+)
+BUILT_IN_TEMPLATES = {"chatml": CHATML, "plain": PLAIN}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
 
 def load_tokenizer(folder: Path | str, chat_template: str = "") -> PreTrainedTokenizerFast:
     """The tokenizer of a model folder, without any network.
 
-    chat_template: "" keeps the tokenizer's own; "chatml" or a file with a Jinja template replaces it, and is then
-    saved with the model. Raises TuneletError where files are missing or broken.
+    chat_template: "" keeps the tokenizer's own; "chatml", "plain" or a file with a Jinja template replaces it, and is
+    then saved with the model. Raises TuneletError where files are missing or broken.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -48,6 +56,12 @@ def load_tokenizer(folder: Path | str, chat_template: str = "") -> PreTrainedTok
         tokenizer.chat_template = read_template(chat_template)
         if tokenizer.chat_template == CHATML:
             _check_chatml(tokenizer, folder)
+        if tokenizer.chat_template == PLAIN and not tokenizer.eos_token:
+            raise TuneletError(
+                f"{folder}: the tokenizer has no end-of-text token",
+                why="the plain template ends an answer with it",
+                fix="--set model.chat_template=FILE, with a template that uses this tokenizer's own tokens",
+            )
     return tokenizer
 
 
@@ -67,7 +81,7 @@ def no_template(tokenizer: Any) -> TuneletError:
     if has_chatml_tokens(tokenizer):
         fix = "the tokenizer has ChatML's tokens: --set model.chat_template=chatml, or FILE with a Jinja template"
     else:
-        fix = "--set model.chat_template=FILE, with the Jinja template of the model's instruct version"
+        fix = "--set model.chat_template=FILE, with the Jinja template of the model's instruct version, or plain"
     fix += " (verbs that only look or ask: --template)"
     why = "base models come without one, and a conversation needs one to become text"
     return TuneletError("the tokenizer has no chat template", why=why, fix=fix)

@@ -135,7 +135,7 @@ class AdapterEngine(TorchEngine):
         -> weight: the sum of what they add to the base) or none ("off"). Raises TuneletError for an unknown name, and
         for kinds that cannot be weighted or stacked."""
         parts = self._mix(mix)
-        self._check(parts)
+        self._refuse(parts)
         self._set(parts)
         self.used = mix if isinstance(mix, str) else "+".join(f"{weight:g}*{name}" for name, weight in mix.items())
 
@@ -154,7 +154,7 @@ class AdapterEngine(TorchEngine):
             parts[found[2].strip()] = weight
         return parts
 
-    def _check(self, parts: Mapping[str, float]) -> None:
+    def _refuse(self, parts: Mapping[str, float]) -> None:
         for name in parts:
             if name not in self.names:
                 raise TuneletError(

@@ -29,6 +29,7 @@ SIZES = (
     "n_embd",
     "n_layer",
 )
+ALIKE = 0.98  # cosine of two tokens' output embeddings
 VIRTUAL_TYPES = ("PROMPT_TUNING", "PREFIX_TUNING")
 BEGUN = "_tunelet_begun"  # on a PeftModel whose LoRA began as parts of the weights: layer -> (A, B) as they began
 
@@ -345,6 +346,25 @@ def line(told: dict[str, Any]) -> str:
         f"Adapter: {', '.join([what, *sizes])}; {told['trained']:,} of {told['parameters']:,} weights are trained "
         f"({told['share']:.2%}), {told['mb']:.2f} MB on disk"
     )
+
+
+@torch.no_grad()
+def untrained(model: Any, tokenizer: Any, ids: Sequence[int]) -> list[tuple[str, str]]:
+    """Which of the tokens `ids` nothing has trained, each with another token it cannot be told from: the output
+    embeddings of unused tokens stay alike (Land & Bartolo, arXiv:2405.05417)."""
+    head = model.get_output_embeddings()
+    special = sorted(tokenizer.get_added_vocab().values())
+    if head is None or len(special) < 2 or max(*special, *ids) >= head.weight.shape[0]:
+        return []
+    rows = torch.nn.functional.normalize(head.weight[torch.tensor(special)].float(), dim=1)
+    found = []
+    for token in sorted(set(ids) & set(special)):
+        near = rows @ rows[special.index(token)]
+        near[special.index(token)] = -1
+        if float(near.max()) > ALIKE:
+            pair = (token, special[int(near.argmax())])
+            found.append(tuple(tokenizer.convert_ids_to_tokens(pair)))
+    return found
 
 
 def rates(section: AdapterSection) -> Sequence[tuple[str, float]]:

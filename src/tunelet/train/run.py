@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunelet.errors import TuneletError
-from tunelet.recipe import PREFERENCE, Recipe
+from tunelet.recipe import PREFERENCE, VIRTUAL, Recipe
 from tunelet.recipe_text import resolved
 from tunelet.runs import history, lock, report
 from tunelet.runs.record import RESOLVED, STAGES, Run, check_folder, is_run, must_be_free
@@ -256,6 +256,9 @@ def train_and_save(recipe: Recipe, run: Run, prepared: Prepared, model: Any, cho
         told = adapters.described(model, recipe.adapter)
         run.write_json("adapter.json", told)
         console.print(adapters.line(told), markup=False, highlight=False)
+        for remark in _end_token(recipe, model, prepared):
+            run.write_json("guard.json", [*run.read_json("guard.json", []), asdict(remark)])
+            console.print(str(remark), markup=False, highlight=False, soft_wrap=True)
     dtype = save.dtype_of(model, recipe.model.path, choice.dtype)
     device.start_peak(choice.device)
     with energy.metered(run, "training", choice.device):
@@ -278,6 +281,25 @@ def train_and_save(recipe: Recipe, run: Run, prepared: Prepared, model: Any, cho
     run.actual({"seconds": trained.seconds, "peak_mb": peak, "disk_mb": run.disk_mb(), "energy_wh": spent})
     history.note(run)
     return trained
+
+
+def _end_token(recipe: Recipe, model: Any, prepared: Prepared) -> list[guard.Remark]:
+    """A warning where virtual tokens are to learn an end of answers that the frozen model cannot say."""
+    from tunelet.models import adapters
+
+    if recipe.adapter.kind not in VIRTUAL or recipe.method.name == "pretrain":
+        return []
+    unknown = adapters.untrained(model, prepared.tokenizer, prepared.renderer.stop_ids)
+    return [
+        guard.Remark(
+            "end_token",
+            "warn",
+            f"answers end with {token}, which nothing has trained in this model (its output embedding is that of "
+            f"{other}): a frozen model cannot learn to say it, and answers will run on.",
+            "--set model.chat_template=plain (ends answers with the end of text), or an adapter in the layers",
+        )
+        for token, other in unknown
+    ]
 
 
 def figures(trained: Trained) -> dict[str, Any]:
