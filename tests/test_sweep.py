@@ -275,15 +275,6 @@ def test_stages_go_through(place):
     assert list(told["metrics"]) == ["preference_accuracy", "stop_rate", "held_out_loss"]
 
 
-def test_a_later_stage_that_cannot_follow_an_adapter_is_said_first(place, capsys):
-    (place / "tiny.toml").write_text('then = ["two.toml"]\n' + (place / "tiny.toml").read_text())
-    (place / "two.toml").write_text('method = "sft"\n[data]\ntrain = ["chats.jsonl"]\n')
-    assert cli.main(command("--no-full")) == 2
-    said = capsys.readouterr().err
-    assert "leaves an adapter" in said and "--set 'then=[]'" in said and not Path("runs").exists()
-    assert [cell.recipe.then for cell in grid_of(*RANKS, "then=[]", full=False).cells] == [[], []]
-
-
 # -- judging and drawing ----------------------------------------------------------------------------------------------
 
 

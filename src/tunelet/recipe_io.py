@@ -80,6 +80,9 @@ def load(
     pairs = [("--set", "method.name" if key == "method" else key, raw) for key, raw in map(_pair, sets)]
     _refuse_unknown([("--set", key) for _, key, _ in pairs if not _known(key)])
     for flag, key, raw in pairs:
+        if key in sections():
+            inside = ", ".join(name for name in fields() if name.startswith(f"{key}."))
+            raise TuneletError(f"--set {key}={raw}: {key} is a section", fix=f"set one of its keys: {inside}")
         _put(tree, key, _typed(_field_of(key), raw))
         origins[_field_of(key)], wheres[_field_of(key)] = flag, flag
     for flag, (key, value) in (flags or {}).items():

@@ -164,12 +164,6 @@ def _predicted(cell: Cell, folder: Path, seen: dict[str, Any]) -> Told:
             recipe.model.path = first.model.path
             if not recipe.model.path:
                 break
-            if recipe.adapter.kind == "none" != first.adapter.kind:  # align would say so after the first stage
-                raise TuneletError(
-                    f"stage {recipe.method.name} trains all weights, and the stage before leaves an adapter",
-                    why="full training needs a whole model",
-                    fix="Add --set 'then=[]' to sweep the first stage alone, or give the later recipe that [adapter].",
-                )
         recipe, _ = training.resolve(recipe, stage.origins)
         parts = recipe.method.name, recipe.train.seed, recipe.model, recipe.tokenizer, recipe.data
         key = json.dumps([part if isinstance(part, (str, int)) else part.model_dump() for part in parts], default=str)

@@ -30,6 +30,8 @@ CASES = {  # 41 rows: the last step of an epoch has one, fewer than there are pr
     "cut": {"tokens_per_batch": 24, "gradient_checkpointing": "on"},
     "lora": {},
     "thin lora": {},
+    "prompt": {},
+    "prefix": {},
     "few": {"batch_size": 1},
     "best": {"early_stopping": 3, "eval_steps": 1, "learning_rate": 0.2, "schedule": "constant", "warmup": 6},
     "bfloat16": {},
@@ -45,6 +47,8 @@ def built(case: str):
     made = model("bfloat16" if case in ("bfloat16", "narrow") else "float32")
     if "lora" in case:  # shards of two rows and one, or of one and none
         made = adapters.add(made, Recipe(adapter={"kind": "lora", "rank": 1 if "thin" in case else 3}).adapter, 3)
+    elif case in ("prompt", "prefix"):
+        made = adapters.add(made, Recipe(adapter={"kind": case, "num_virtual_tokens": 3}).adapter, 3)
     return make_ready(made, checkpointing=case == "cut")
 
 

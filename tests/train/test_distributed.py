@@ -59,7 +59,7 @@ def figures(folder) -> dict:
     return json.loads((folder / "figures.json").read_text())
 
 
-ALIKE = ["full", "1x8", "2x4", "cut", "lora", "thin lora", "few", "best"]
+ALIKE = ["full", "1x8", "2x4", "cut", "lora", "thin lora", "prompt", "prefix", "few", "best"]
 ALIKE += [f"{a} onward with {b}: {case}" for case in ("full", "lora") for a, b in ((1, 2), (2, 1))]
 
 
