@@ -173,6 +173,9 @@ def _steps(run: Run, recipe: Recipe, prepared: Prepared, held: Held, before: Seq
         trained = training.train_and_save(recipe, run, prepared, model, choice, console)
         run.write_json(TRAINING, training.figures(trained))
     del model
+    if recipe.model.quantization != "none" and run.read_json("quantised.json") is None:
+        loss = run.read_json(TRAINING)["held_out_loss"]
+        training.over_whole_base(run, recipe, prepared.eval_rows, loss, choice, console)
     if run.read_json("eval/after.json") is None:
         with energy.metered(run, "after", choice.device):
             # from the disk: what is measured is what was saved

@@ -226,3 +226,25 @@ def test_settings_that_mean_nothing(sets, words):
     with pytest.raises(TuneletError, match=words) as caught:
         load_recipe(None, sets=["method=sft", *sets])
     assert caught.value.exit_code == 2 and caught.value.fix
+
+
+@pytest.mark.parametrize("kind", ["none", "int8", "int4"])
+def test_an_adapter_over_quantised_weights_is_measured_on_the_whole_ones(train, kind, tmp_path, tiny_model_folder):
+    tree = {"path": str(tiny_model_folder), "dtype": "float32", "threads": 1, "quantization": kind}
+    train("any", KINDS["lora"], max_steps=1)  # writes chats.jsonl
+    recipe = Recipe.model_validate(
+        {
+            "model": tree,
+            "data": {"train": [str(tmp_path / "chats.jsonl")], "eval_rows": 4, "eval_fraction": 0.2},
+            "adapter": KINDS["lora"],
+            "train": {"max_steps": 3, "batch_size": 4},
+        }
+    )
+    said = io.StringIO()
+    run = run_training(recipe, tmp_path / "run", console=Console(file=said, width=200))
+    told = run.read_json("quantised.json")
+    assert (told is None) == (kind == "none") == ("over the base as it is" not in said.getvalue())
+    if told:
+        assert told["quantization"] == kind and told["held_out_loss"] == run.read_json("DONE")["held_out_loss"]
+        assert 0 < abs(told["unquantised"]["value"] - told["held_out_loss"]) < 0.05
+        assert f"over the {kind} weights" in (run.folder / "report.html").read_text()

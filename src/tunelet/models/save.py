@@ -40,6 +40,8 @@ def save(model: Any, tokenizer: Any, folder: Path, dtype: str | None = None, *, 
     settings = getattr(model, "generation_config", None)
     if stop_ids and settings is not None:
         settings.eos_token_id = list(stop_ids) if len(stop_ids) > 1 else stop_ids[0]
+    if settings is not None and not settings.do_sample and _samples(settings):
+        settings.do_sample = True  # some makers give a temperature and not the switch, and transformers refuses to save
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -63,6 +65,12 @@ def save(model: Any, tokenizer: Any, folder: Path, dtype: str | None = None, *, 
             kept.pop(how_it_was_loaded, None)
         path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty card
+
+
+def _samples(settings: Any) -> bool:
+    """Whether generation settings say how to sample."""
+    plain = {"temperature": 1.0, "top_p": 1.0, "typical_p": 1.0}
+    return any(getattr(settings, key, None) not in (None, value) for key, value in plain.items())
 
 
 def dtype_of(model: Any, path: str, working: str) -> str | None:

@@ -86,6 +86,11 @@ def sentence(run: Run, recipe: Recipe, stages: Sequence[Run]) -> str:
     said += f": {steps(run):,} steps"
     if plan.get("seconds"):
         said += f" in {duration(plan['seconds'])}"
+    if both := run.read_json("quantised.json"):
+        kind, over, whole = both["quantization"], both["held_out_loss"], both["unquantised"]["value"]
+        said += (
+            f". Held-out loss {over:.3f} over the {kind} weights it was trained on, {whole:.3f} over the base as it is"
+        )
     return said + "."
 
 

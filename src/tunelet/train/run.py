@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from tunelet.train import defaults, energy, follow, guard
 from tunelet.train.progress import Interrupted
 
 if TYPE_CHECKING:
+    from tunelet.data.examples import Tokens
     from tunelet.models.device import Choice
     from tunelet.train.loop import Trained
     from tunelet.train.prepare import Prepared
@@ -44,6 +45,8 @@ def run_training(recipe: Recipe, out: Path, *, origins: Mapping[str, str] | None
         choice = choose(recipe, run, console)
         recipe = settle(recipe, run, prepared, choice, console)
         trained = train_and_save(recipe, run, prepared, None, choice, console)
+        if recipe.model.quantization != "none" and choice.processes == 1:
+            over_whole_base(run, recipe, prepared.eval_rows, trained.held_out_loss, choice, console)
         run.done(**figures(trained))
         report.write(run)
     console.print(f"Saved {run.model_folder()}.", markup=False, highlight=False)
@@ -281,6 +284,30 @@ def train_and_save(recipe: Recipe, run: Run, prepared: Prepared, model: Any, cho
     run.actual({"seconds": trained.seconds, "peak_mb": peak, "disk_mb": run.disk_mb(), "energy_wh": spent})
     history.note(run)
     return trained
+
+
+def over_whole_base(
+    run: Run, recipe: Recipe, rows: Sequence[Tokens], loss: float | None, choice: Choice, console: Any
+) -> None:
+    """What an adapter that was trained over quantised weights is worth on the weights as they are, where it will be
+    used: quantised.json has the held-out loss over both. loss: over the quantised ones."""
+    from tunelet.evals.held_out import held_out_loss
+    from tunelet.models import load
+
+    if recipe.method.name not in ("sft", "pretrain") or not rows or loss is None:
+        return
+    model = load.load_model(run.folder, choice, trust_remote_code=recipe.model.trust_remote_code)
+    found = held_out_loss(model, rows)
+    if found is None:
+        return
+    kind = recipe.model.quantization
+    run.write_json("quantised.json", {"quantization": kind, "held_out_loss": loss, "unquantised": found})
+    console.print(
+        f"Held-out loss {loss:.4f} over the {kind} weights it was trained on, {found['value']:.4f} over the base as it "
+        "is.",
+        markup=False,
+        highlight=False,
+    )
 
 
 def _end_token(recipe: Recipe, model: Any, prepared: Prepared) -> list[guard.Remark]:
