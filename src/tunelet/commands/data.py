@@ -22,6 +22,7 @@ from tunelet.commands.common import (
     print_wrapped,
     write_json,
 )
+from tunelet.commands.overlap import overlap
 from tunelet.errors import TuneletError
 
 if TYPE_CHECKING:
@@ -33,8 +34,11 @@ if TYPE_CHECKING:
 SHOWN = 40  # findings printed one by one; --json has them all
 
 app = typer.Typer(
-    no_args_is_help=True, rich_markup_mode=None, help="Convert, check and look at data: convert, doctor, render, mask."
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Convert, check and look at data: convert, doctor, overlap, render, mask.",
 )
+app.command("overlap", short_help="Evaluation items that were trained on.")(overlap)
 
 Sources = Annotated[list[str], typer.Argument(metavar="SOURCE", help="starter, files, folders or hub ids.")]
 Source = Annotated[str, typer.Argument(metavar="SOURCE", help="starter, a file, a folder or a hub id.")]
