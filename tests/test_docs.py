@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 READMES = ["README.md", "README.ko.md"]
 SCALE = ["docs/scale.md", "docs/scale.ko.md"]  # its commands are run by train/test_distributed.py
 PREFERENCE = ["docs/preference.md", "docs/preference.ko.md"]
+ADAPTERS = ["docs/adapters.md", "docs/adapters.ko.md"]
 COMPARING = ("dpo", "orpo", "simpo", "kto")  # in the order of its tables' columns
 needs_base = pytest.mark.skipif(
     not (starter.BASE / "model.safetensors").is_file(), reason="the shipped base model is not here"
@@ -59,7 +60,7 @@ def options() -> set[str]:
     import typer
 
     def walk(command) -> set[str]:
-        own = {flag for parameter in command.params for flag in parameter.opts}
+        own = {flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)}
         return own.union(*(walk(sub) for sub in getattr(command, "commands", {}).values()))
 
     return walk(typer.main.get_command(cli.app))
@@ -106,11 +107,26 @@ def run(line: str, monkeypatch) -> None:
     """Run a documented command; trainings take one step, conversations end at once."""
     program, *args = shlex.split(line)
     assert program == "tunelet", line
-    if args[0] in ("align", "train"):
+    if args[0] in ("align", "train", "sweep"):
         args += ["--set", "train.max_steps=1", "--set", "data.limit=30", "--set", "eval.items=1"]
         args += ["--set", "eval.max_new_tokens=4", "--set", "data.eval_rows=4"]
+    if args[0] == "sweep" and "--no-full" not in args:
+        args.append("--no-full")  # a cell less to align
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     assert cli.main(args) == 0, line
+
+
+@pytest.fixture
+def adapting(comparing) -> Path:
+    """With what docs/adapters.md assumes: en.jsonl, ko.jsonl, and the recipe and the prompts it shows."""
+    for language in ("en", "ko"):
+        shutil.copy(comparing / "my.jsonl", comparing / f"{language}.jsonl")
+    shutil.copy(comparing / "my.jsonl", comparing / "HELD_OUT.jsonl")
+    (recipe,) = re.findall(r"```toml\n# small.toml\n(.*?)```", text(ADAPTERS[0]), flags=re.S)
+    (comparing / "small.toml").write_text(recipe)
+    (prompts,) = re.findall(r"```json\n(.*?)```", text(ADAPTERS[0]), flags=re.S)
+    (comparing / "prompts.jsonl").write_text(prompts)
+    return comparing
 
 
 @pytest.mark.parametrize("name", READMES)
@@ -140,6 +156,76 @@ def test_comparisons_without_pairs_at_hand(workplace, monkeypatch):
     (line,) = (line for line in itertools.chain(*blocks(PREFERENCE[0])) if "starter" in line)
     run(line, monkeypatch)
     assert (workplace / "runs" / "starter-orpo" / "report.html").is_file()
+
+
+def test_adapters_end_to_end(adapting, monkeypatch, capsys):
+    for line in itertools.chain(*blocks(ADAPTERS[0])):
+        run(line, monkeypatch)
+    for page in ("runs/small/report.html", "runs/which/sweep.html", "runs/layers/sweep.html", "merged/merge.json"):
+        assert (adapting / page).is_file(), page
+    assert len((adapting / "answers.jsonl").read_text(encoding="utf-8").splitlines()) == 4
+    capsys.readouterr()
+    (code,) = re.findall(r"```python\n(.*?)```", text(ADAPTERS[0]), flags=re.S)
+    exec(code, {})
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_kinds_and_keys_of_adapters_are_those_of_the_code(name):
+    """Every kind with its default learning rates and its paper; every key with its readers and its default."""
+    from typing import get_args
+
+    from tunelet.infer import export
+    from tunelet.recipe import ADAPTER_KEYS, INITS, AdapterSection
+    from tunelet.train import defaults
+
+    rows = tables(name)
+    head = next(at for at, row in enumerate(rows) if row[1:2] == ["`lora`"])
+    kinds = [cell.strip("`") for cell in rows[head][1:]]
+    assert {*kinds, "none"} == set(get_args(AdapterSection.model_fields["kind"].annotation))
+    told = {}
+    for kind, cell in zip(kinds, rows[head + 2][1:], strict=True):
+        told[kind] = (re.findall(r"\d+e-\d+", cell), re.findall(r"(\d+)M", cell)) if "e-" in cell else told["lora"]
+    for kind, (rates, borders) in told.items():
+        for many in (5, 49, 50, 400, 500):
+            expected = rates[-1] if borders and many >= int(borders[0]) else rates[0]
+            assert defaults.learning_rate("sft", kind, many * 10**6, False)[0] == float(expected), (kind, many)
+    yes = {"yes", "예"}
+    for row, those in ((rows[head + 4], {"lora", "rslora"}), (rows[head + 5], {"lora", "rslora", "dora", "ia3"})):
+        assert {kind for kind, cell in zip(kinds, row[1:], strict=True) if cell in yes} == those
+    assert {"PROMPT_TUNING", "PREFIX_TUNING"} <= set(export.PROMPTS)  # the two that cannot be merged
+    assert all("arxiv.org" in cell for cell in rows[head + 6][1:])
+
+    keys = {row[0].strip("`").removeprefix("adapter."): row for row in rows if row[0].startswith("`adapter.")}
+    assert set(keys) == set(AdapterSection.model_fields) - {"kind"} == set(ADAPTER_KEYS)
+    for key, row in keys.items():
+        named = set(re.findall(r"`(\w+)`", row[1]))
+        assert named == set(ADAPTER_KEYS[key]) or (key == "init" and named == set(kinds) - set(ADAPTER_KEYS[key])), key
+        default = AdapterSection.model_fields[key].get_default(call_default_factory=True)
+        assert default in ("", []) or row[2] == (default if isinstance(default, str) else f"{default:g}"), key
+    words = set(inline(name))
+    assert {kind for those in INITS.values() for kind in those} - {"text"} <= words
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_what_is_logged_and_printed_of_adapters_is_there(name):
+    """Figures of the log, bounds of the gate, the two lines that are shown."""
+    from tunelet.infer import merge_gate
+    from tunelet.models import adapters
+
+    code = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "src" / "tunelet").rglob("*.py"))
+    for figure in ("grad_norm", "prompt_norm", "prompt_moved"):
+        assert f"`{figure}`" in text(name) and f'"{figure}"' in code
+    bounds = next(row[1] for row in tables(name) if "bfloat16: " in row[1])
+    rounding = merge_gate.ROUNDING
+    expected = [rounding[kind][of] for kind in ("bfloat16", "float16") for of in sorted(rounding[kind], reverse=True)]
+    found = [float(number) for number in re.findall(r"(?<![a-z\d.])\d+(?:\.\d+)?", bounds)]
+    assert found == [*expected, rounding["float32"]["max_delta_logprob"]]
+    (shown,) = re.findall(r"```text\n(.*?)```", text(name), flags=re.S)
+    lora = {"kind": "lora", "trained": 466_944, "parameters": 5_713_152, "share": 466_944 / 5_713_152, "mb": 1.867776}
+    soft = {"kind": "prompt", "trained": 4_096, "parameters": 5_250_304, "share": 4_096 / 5_250_304, "mb": 0.016384}
+    told = [adapters.line(lora | {"rank": 16}), adapters.line(soft | {"num_virtual_tokens": 16})]
+    assert shown.splitlines() == told
 
 
 @pytest.mark.parametrize("name", PREFERENCE)
@@ -195,7 +281,7 @@ def test_what_is_told_of_pairs_is_there(name):
     assert keys <= set(values(Recipe()))
 
 
-@pytest.mark.parametrize("name", [*READMES, *SCALE, *PREFERENCE])
+@pytest.mark.parametrize("name", [*READMES, *SCALE, *PREFERENCE, *ADAPTERS])
 def test_every_block_is_run_or_checked(name):
     for block in blocks(name):
         for line in block:
@@ -209,7 +295,9 @@ def test_every_block_is_run_or_checked(name):
                 assert told.returncode == 0, told.stderr
 
 
-@pytest.mark.parametrize("names", [READMES, SCALE, PREFERENCE], ids=["readme", "scale", "preference"])
+@pytest.mark.parametrize(
+    "names", [READMES, SCALE, PREFERENCE, ADAPTERS], ids=["readme", "scale", "preference", "adapters"]
+)
 def test_both_languages_have_the_same_commands(names):
     assert [[re.sub(r'"[^"]*"', '""', line) for line in block] for block in blocks(names[0])] == [
         [re.sub(r'"[^"]*"', '""', line) for line in block] for block in blocks(names[1])
@@ -234,14 +322,14 @@ def test_every_verb_is_in_the_table(name):
         assert f"tunelet {verb[0]}" in told and verb[-1] in told, verb
 
 
-@pytest.mark.parametrize("name", [*READMES, *SCALE, *PREFERENCE, "CONTRIBUTING.md"])
+@pytest.mark.parametrize("name", [*READMES, *SCALE, *PREFERENCE, *ADAPTERS, "CONTRIBUTING.md"])
 def test_flags_and_files_named_exist(name):
     known = options() | {"--help", "--find-links", "--nproc-per-node", "--shutdown-timeout"}  # the last are torchrun's
     for part in inline(name):
         for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", part):
             assert flag in known, f"{flag} in `{part}`"
     for target in re.findall(r"\]\(([^)#:]+)\)", text(name)):
-        assert (ROOT / target).exists(), target
+        assert ((ROOT / name).parent / target).exists(), target
     for file in re.findall(r"(?:-r |scripts.)([\w.]+\.(?:txt|py))", text(name)):
         assert (ROOT / file).exists() or (ROOT / "scripts" / file).exists(), file
 

@@ -64,7 +64,8 @@ def _go_on_with_adapter(before: Recipe, made: Recipe, where: dict[str, str]) -> 
         changes |= {"rank": 2 * adapter.rank, "alpha": adapter.alpha * (2**0.5 if adapter.kind == "rslora" else 2)}
     made.adapter = adapter.model_copy(update=changes)
     made.model.quantization = before.model.quantization
-    where |= {"adapter.kind": "that of the stage before", "model.quantization": "as in the stage before"}
+    where |= {f"adapter.{key}": "that of the stage before" for key in type(adapter).model_fields}
+    where["model.quantization"] = "as in the stage before"
 
 
 def unfinished(recipe: Recipe, out: Path) -> Run | None:

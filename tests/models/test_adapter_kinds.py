@@ -285,11 +285,11 @@ def test_a_rank_above_the_smaller_side_of_a_weight(tiny_model_folder, tiny_token
 def test_training_goes_on_with_an_adapter(tiny_model_folder, tiny_tokenizer, tmp_path, kind):
     save.save(learned(tiny_model_folder, tiny_tokenizer, kind), tiny_tokenizer, tmp_path / "adapter")
     model = load.load_model(tmp_path / "adapter", FP32, trainable=True)
-    adapters.train_on(model, AdapterSection(**KINDS[kind]), "it")
+    adapters.check_same(model.peft_config["default"], AdapterSection(**KINDS[kind]), "it")
     head.nll_sum(model, make_batch(ROWS)).backward()
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
     with pytest.raises(TuneletError, match=f"adapter.kind = {kind}|not the one"):
-        adapters.train_on(model, AdapterSection(kind="lora", rank=8), "it")
+        adapters.check_same(model.peft_config["default"], AdapterSection(kind="lora", rank=8), "it")
     frozen = load.load_model(tmp_path / "adapter", FP32)
     assert not any(p.requires_grad for name, p in frozen.named_parameters() if "prompt" in name or "lora_" in name)
 

@@ -95,8 +95,8 @@ def test_training_an_adapter_on_asks_for_the_same_adapter(tiny_model_folder, tin
     save.save(with_lora(tiny_model_folder, alpha=8.0), tiny_tokenizer, tmp_path / "adapter")
     model = load.load_model(tmp_path / "adapter", FP32, trainable=True)
     assert any(p.requires_grad for p in model.parameters())
-    adapters.train_on(model, AdapterSection(kind="lora", rank=4, alpha=8.0), "it")
+    adapters.check_same(model.peft_config["default"], AdapterSection(kind="lora", rank=4, alpha=8.0), "it")
     with pytest.raises(TuneletError, match=r"rank = 4|not the one"):
-        adapters.train_on(model, AdapterSection(kind="lora", rank=16, alpha=8.0), "it")
+        adapters.check_same(model.peft_config["default"], AdapterSection(kind="lora", rank=16, alpha=8.0), "it")
     with pytest.raises(TuneletError, match="is an adapter"):
-        adapters.train_on(model, AdapterSection(), "it")
+        adapters.check_same(model.peft_config["default"], AdapterSection(), "it")

@@ -248,3 +248,23 @@ def test_an_adapter_over_quantised_weights_is_measured_on_the_whole_ones(train, 
         assert told["quantization"] == kind and told["held_out_loss"] == run.read_json("DONE")["held_out_loss"]
         assert 0 < abs(told["unquantised"]["value"] - told["held_out_loss"]) < 0.05
         assert f"over the {kind} weights" in (run.folder / "report.html").read_text()
+
+
+def test_an_adapter_that_is_not_the_recipe_s_is_said_before_anything_is_computed(train, tmp_path):
+    run, _ = train("first", KINDS["lora"])
+    for adapter, words in (({}, "is an adapter"), ({"kind": "lora", "rank": 3}, "not the one")):
+        recipe = Recipe.model_validate(
+            {"model": {"path": str(run.folder)}, "data": {"train": [str(tmp_path / "chats.jsonl")]}, "adapter": adapter}
+        )
+        with pytest.raises(TuneletError, match=words):
+            run_training(recipe, tmp_path / "second", console=Console(quiet=True))
+        assert not (tmp_path / "second").exists()
+
+
+@pytest.mark.parametrize("kind", ["prompt", "ia3"])
+def test_no_warning_of_a_range_that_nobody_has_found(kind):
+    rate, _ = defaults.learning_rate("dpo", kind, 135_000_000, False)
+    made = {"method": {"name": "dpo", "beta": 0.1}, "adapter": {"kind": kind}, "train": {"learning_rate": rate}}
+    assert guard.before(Recipe.model_validate(made), 135_000_000) == []
+    made["method"]["beta"] = 50.0
+    assert [remark.kind for remark in guard.before(Recipe.model_validate(made), 135_000_000)] == ["beta"]

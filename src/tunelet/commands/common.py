@@ -226,7 +226,7 @@ def open_tokenizer(model: str, template: str | None = None) -> tuple[Any, Any]:
     from tunelet.data.render import Renderer, load_tokenizer
     from tunelet.models import load
 
-    tokenizer = load_tokenizer(load.resolve(model, weights_too=False), template or "")
+    tokenizer = load_tokenizer(load.tokenizer_folder(model), template or "")
     return tokenizer, Renderer(tokenizer)
 
 

@@ -37,6 +37,7 @@ class AdapterEngine(TorchEngine):
         self.names: list[str] = []
         self.used = OFF
         self._layers: Any = None  # the PeftModel that keeps what stands in layers
+        self._inside: dict[str, str] = {}  # name -> what peft calls it: a name of ours, as some mean something to it
         self._kinds: dict[str, str] = {}
         self._virtual: dict[str, virtual.Virtual] = {}
         self._renderers: dict[str, Any] = {OFF: renderer}
@@ -100,33 +101,39 @@ class AdapterEngine(TorchEngine):
                 fix="Save it for the base as it was: peft's save_pretrained(..., "
                 "path_initial_model_for_weight_conversion=...).",
             )
+        here = self._inside[name] = f"adapter{len(self._inside)}"
         try:
-            if told.get("peft_type") in adapters.VIRTUAL_TYPES:
-                wrapped = PeftModel.from_pretrained(self.model, str(folder), name, use_safetensors=True)
-                self._virtual[name] = virtual.made(wrapped, name)
-            elif self._layers is None:
-                self._layers = PeftModel.from_pretrained(
-                    self.model, str(folder), name, autocast_adapter_dtype=False, use_safetensors=True
-                )
-            else:
-                self._layers.load_adapter(str(folder), name, autocast_adapter_dtype=False, use_safetensors=True)
+            with adapters.quiet():
+                if told.get("peft_type") in adapters.VIRTUAL_TYPES:
+                    wrapped = PeftModel.from_pretrained(self.model, str(folder), here, use_safetensors=True)
+                    self._virtual[name] = virtual.made(wrapped, here)
+                elif self._layers is None:
+                    self._layers = PeftModel.from_pretrained(
+                        self.model, str(folder), here, autocast_adapter_dtype=False, use_safetensors=True
+                    )
+                else:
+                    self._layers.load_adapter(str(folder), here, autocast_adapter_dtype=False, use_safetensors=True)
         except (RuntimeError, ValueError) as error:
-            raise adapters.does_not_fit(folder, self.base, error) from error
+            if "different peft types" not in str(error):
+                raise adapters.does_not_fit(folder, self.base, error) from error
+            raise TuneletError(
+                f"The adapter in {folder} does not go beside {', '.join(self._kinds)}.",
+                why="LoRA and IA3 cannot stand in the same layers",
+                fix="Load it alone, or beside adapters of its own kind.",
+            ) from error
         adapters.in_dtype(self._layers or self.model, self.model.dtype)
         tokenizer = load_tokenizer(folder, template) if (folder / "tokenizer.json").is_file() else self.tokenizer
         load.check_tokenizer(self.model, tokenizer, str(path))
         self._renderers[name] = Renderer(tokenizer)
         inside = name not in self._virtual
-        self._kinds[name] = adapters.kind_of(self._layers.peft_config[name]) if inside else "virtual tokens"
+        self._kinds[name] = adapters.kind_of(self._layers.peft_config[here]) if inside else "virtual tokens"
         if self._kinds[name] in LORA:
-            self._scales[name] = [(layer.scaling, layer.scaling[name]) for layer in self._with(name)]
+            layers = [layer for _, layer in adapters.lora_layers(self._layers) if here in layer.scaling]
+            self._scales[name] = [(layer.scaling, layer.scaling[here]) for layer in layers]
         weights.check_finite(self._layers or self.model, folder)
         self.names.append(name)
         self.model.to(next(self.model.parameters()).device).eval()
         self._set(self._mix(self.used))
-
-    def _with(self, name: str) -> list[Any]:
-        return [layer for _, layer in adapters.lora_layers(self._layers) if name in layer.scaling]
 
     # -- which are in use ---------------------------------------------------------------------------------------------
 
@@ -188,7 +195,7 @@ class AdapterEngine(TorchEngine):
         if self._layers is not None:
             tuner = self._layers.base_model
             if inside:
-                tuner.set_adapter(inside, inference_mode=True)
+                tuner.set_adapter([self._inside[name] for name in inside], inference_mode=True)
                 tuner.enable_adapter_layers()
                 for p in self._layers.parameters():
                     p.requires_grad_(False)
@@ -196,7 +203,7 @@ class AdapterEngine(TorchEngine):
                 tuner.disable_adapter_layers()
         for name in inside:
             for scaling, whole in self._scales.get(name, ()):
-                scaling[name] = parts[name] * whole
+                scaling[self._inside[name]] = parts[name] * whole
         setattr(self.model, virtual.PLACE, next((self._virtual[name] for name in parts if name in self._virtual), None))
         self.renderer = self._renderers[next(iter(parts), OFF)]
         self.tokenizer = self.renderer.tokenizer

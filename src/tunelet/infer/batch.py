@@ -42,6 +42,8 @@ def answer_file(
         raise TuneletError(f"{out}: there is no folder {out.parent}", fix="make it, or choose another --out")
     rows = read_prompts(prompts, str(settings["system"]))
     _check_adapters(rows, settings, prompts)
+    if "adapters" not in settings and any(isinstance(row.get("adapter"), str) for row, _ in rows):
+        console.print("Rows say which adapter they are for; none is loaded (--adapter NAME=RUN).", style="yellow")
     chunk = CHUNK * int(settings["batch_size"])
     part = _Part(out, {**settings, "prompts": hashlib.sha256(prompts.read_bytes()).hexdigest()}, chunk)
     done = part.take_up()

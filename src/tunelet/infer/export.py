@@ -59,7 +59,7 @@ class Merged:
 
 def source(path: str | Path) -> Source:
     """What `path` means: a run, or an adapter's folder. Raises TuneletError where there is nothing to merge."""
-    from tunelet.models import load
+    from tunelet.models import adapters, load
 
     folder = load.resolve(path)
     if not (folder / "adapter_config.json").is_file():
@@ -68,13 +68,8 @@ def source(path: str | Path) -> Source:
             why=f"{folder} is a whole model, not an adapter",
             fix="Use it as it is, or name the run or folder of an adapter.",
         )
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        method, name = str(config["peft_type"]), str(config["base_model_name_or_path"] or "")
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise TuneletError(
-            f"{folder / 'adapter_config.json'} cannot be read.", why=str(error), fix="Get the adapter's folder again."
-        ) from error
+    config = load.adapter_config(folder)
+    method = str(config.get("peft_type", ""))
     if method in PROMPTS:
         raise TuneletError(
             f"{path}: there is nothing to merge.",
@@ -82,14 +77,8 @@ def source(path: str | Path) -> Source:
             "differs from the base's",
             fix=f"Use it beside its base, which every verb does: tunelet chat {path}",
         )
-    try:
-        base = load.resolve(name)
-    except TuneletError as error:
-        raise TuneletError(
-            f"The base model of the adapter in {folder} is not here.",
-            why=error.what,
-            fix='Put the right folder in "base_model_name_or_path" of its adapter_config.json.',
-        ) from error
+    base = load.base_of(folder)
+    adapters.check_base(folder, base)
     run = next((record.Run.open(place) for place in (Path(path), folder.parent) if record.is_run(place)), None)
     quantization = run.recipe().model.quantization if run else "none"
     return Source(folder, base, _kind(method, config), run.folder if run else None, quantization)
@@ -170,8 +159,8 @@ def merge(
             raise GateError(
                 f"The merged model is not the adapter on its base; nothing was written to {out}.",
                 why="; ".join(listed),
-                fix="Use the adapter beside its base, which every verb does; where rounding is the reason: "
-                "--dtype float32",
+                fix="Use the adapter beside its base, which every verb does"
+                + ("; or keep all digits: --dtype float32." if found.rounding else "."),
             )
         merged = Merged(out, dtype, of, rows_from, found.figures, found.bounds)
         text = json.dumps(finite(merged.as_dict()), ensure_ascii=False, indent=2) + "\n"

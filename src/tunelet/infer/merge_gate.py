@@ -51,6 +51,11 @@ class Checked:
     figures: dict[str, Any]
     bounds: dict[str, Any]
 
+    @property
+    def rounding(self) -> bool:
+        """Whether the folder is refused for what its dtype rounds, and nothing else."""
+        return bool(self.findings) and all(finding.startswith("rounding") for finding in self.findings)
+
 
 @dataclass
 class Outputs:
@@ -192,9 +197,7 @@ def on_base(adapter: Path, trust_remote_code: bool = False) -> Any:
     from tunelet.models.device import Choice
 
     choice = Choice("cpu", "float32", torch.get_num_threads())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers under an older name
-        return load.load_model(adapter, choice, trust_remote_code=trust_remote_code)
+    return load.load_model(adapter, choice, trust_remote_code=trust_remote_code)
 
 
 def into_weights(model: Any) -> Any:

@@ -8,8 +8,10 @@ everything else; its weights are kept in float32 by the optimizer (train/optimiz
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,8 @@ def add(model: Any, section: AdapterSection, seed: int = 0, tokenizer: Any = Non
     else:
         config = _ia3(model, section) if section.kind == "ia3" else _lora(section)
     try:
-        made = get_peft_model(model, config, autocast_adapter_dtype=False)
+        with quiet():
+            made = get_peft_model(model, config, autocast_adapter_dtype=False)
     except ValueError as error:
         if "target module" not in str(error).lower():
             raise
@@ -268,6 +271,14 @@ def take_in(model: Any, trainable: bool = True) -> None:
         own.weight.requires_grad_(trainable)
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without peft's remarks on what it asks transformers under an older name."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
 def in_dtype(model: Any, dtype: torch.dtype) -> None:
     """An adapter computes in its model's dtype, like everything else."""
     for name, p in model.named_parameters():
@@ -286,10 +297,9 @@ def does_not_fit(folder: Path, base: Path, error: Exception) -> TuneletError:
     )
 
 
-def train_on(model: Any, section: AdapterSection, name: str) -> None:
-    """Check that the adapter a PeftModel came with is the one the recipe describes: training goes on with the adapter
-    as it is."""
-    config = next(iter(model.peft_config.values()))
+def check_same(config: Any, section: AdapterSection, name: str) -> None:
+    """Raises TuneletError where the adapter in the folder `name`, of which this is peft's configuration, is not the one
+    the recipe describes: training goes on with an adapter as it is."""
     kind = kind_of(config)
     if section.kind == "none":
         raise TuneletError(

@@ -272,6 +272,23 @@ def adapter_config(folder: Path) -> dict[str, Any]:
         ) from error
 
 
+def peft_config(folder: Path) -> Any:
+    """peft's configuration of the adapter in `folder`; None where it holds none."""
+    from peft import PeftConfig
+
+    if not (folder / adapters.CONFIG).is_file():
+        return None
+    adapter_config(folder)
+    return PeftConfig.from_pretrained(str(folder))
+
+
+def tokenizer_folder(path: str | Path) -> Path:
+    """Where the tokenizer of a model, run or adapter lies: an adapter made elsewhere has that of its base."""
+    folder = resolve(path, weights_too=False)
+    own = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+    return folder if own or not (folder / adapters.CONFIG).is_file() else base_of(folder)
+
+
 def base_of(folder: Path) -> Path:
     """The folder of the base model that the adapter in `folder` names. Raises TuneletError where it is not here."""
     try:
@@ -295,13 +312,14 @@ def _load_adapter(
     untrainable = told.get("peft_type") in adapters.VIRTUAL_TYPES  # which peft refuses to train on
     loaded = _load_base(base_folder, choice, trust_remote_code, dtype, quantization)
     try:
-        model = PeftModel.from_pretrained(
-            loaded,
-            str(folder),
-            is_trainable=trainable and not untrainable,
-            autocast_adapter_dtype=False,
-            use_safetensors=True,
-        )
+        with adapters.quiet():
+            model = PeftModel.from_pretrained(
+                loaded,
+                str(folder),
+                is_trainable=trainable and not untrainable,
+                autocast_adapter_dtype=False,
+                use_safetensors=True,
+            )
         adapters.take_in(model, trainable)
     except (RuntimeError, ValueError) as error:
         raise adapters.does_not_fit(folder, base_folder, error) from error

@@ -16,8 +16,13 @@ from tunelet.recipe import LORA
 FULL = ((50e6, 1e-3), (500e6, 3e-4), (float("inf"), 5e-5))
 FROM_RANDOM = ((50e6, 2e-3), (500e6, 1e-3), (float("inf"), 5e-4))
 LORA_FACTOR, LORA_CEILING = 10, 2e-3
-# Adapters with few weights. IA3: 3e-3 in its paper (arXiv:2205.05638). Virtual tokens: trials, docs/notebook.md.
-FEW = {"prompt": 3e-2, "prefix": 1e-2, "ia3": 3e-3}
+# Adapters with few weights, (parameters below, rate). IA3 of large models: 3e-3 in its paper (arXiv:2205.05638). All
+# others: trials on the starter, docs/notebook.md.
+FEW = {
+    "prompt": ((float("inf"), 3e-2),),
+    "prefix": ((50e6, 3e-2), (float("inf"), 1e-2)),
+    "ia3": ((50e6, 1e-1), (float("inf"), 3e-3)),
+}
 PREFERENCE_TIMES = 0.1
 # alignment-handbook tunes SmolLM2-135M to 1.7B with DPO at 1e-6; zephyr-7b-orpo at 5e-6, 135M to 360M take more. Under
 # 50M: trials on the starter (docs/notebook.md). ORPO is also the supervised tuning, so that it takes more than DPO.
@@ -35,13 +40,17 @@ LOSS_BETAS = {"sigmoid_norm": 5.0}
 def learning_rate(method: str, adapter: str, parameters: int, from_random: bool) -> tuple[float, str]:
     """(peak learning rate, where it comes from)."""
     table = FROM_RANDOM if from_random else PREFERENCE_RATES.get(method, FULL)
-    rate = next(rate for below, rate in table if parameters < below)
+    rate = _of(table, parameters)
     if adapter in LORA:
         rate = min(LORA_CEILING, LORA_FACTOR * rate)
     elif adapter != "none":
-        rate = FEW[adapter] * (1 if method not in PREFERENCE_RATES else PREFERENCE_TIMES)
+        rate = _of(FEW[adapter], parameters) * (1 if method not in PREFERENCE_RATES else PREFERENCE_TIMES)
     kind = "from random weights" if from_random else "full" if adapter == "none" else adapter
     return rate, f"default for {method}, {kind}, {parameters / 1e6:.3g}M parameters"
+
+
+def _of(table: tuple[tuple[float, float], ...], parameters: int) -> float:
+    return next(rate for below, rate in table if parameters < below)
 
 
 def beta(method: str, loss_type: str) -> float | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from tunelet.recipe import Recipe
+from tunelet.recipe import LORA, Recipe
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,9 @@ STILL, STILL_AFTER = 0.01, 0.2  # virtual tokens that moved less than this after
 
 
 def rates(method: str, adapter: str, parameters: int) -> Range | None:
-    """Where learning rates are known to do well; None for methods that compare nothing."""
-    if method not in RATES:
+    """Where learning rates are known to do well; None for methods that compare nothing, and kinds of adapters of which
+    nobody has said."""
+    if method not in RATES or adapter not in ("none", *LORA):
         return None
     known = RATES[method]
     if parameters < SMALL:
@@ -73,13 +74,13 @@ def rates(method: str, adapter: str, parameters: int) -> Range | None:
 def before(recipe: Recipe, parameters: int) -> list[Remark]:
     """What to say of a recipe before it is trained. recipe: with nothing left open."""
     method, rate = recipe.method, recipe.train.learning_rate
-    known = rates(method.name, recipe.adapter.kind, parameters)
-    if known is None or method.guard == "off":
+    if method.name not in RATES or method.guard == "off":
         return []
+    known = rates(method.name, recipe.adapter.kind, parameters)
     out = []
     how = "an adapter" if recipe.adapter.kind != "none" else "all weights"
     what = f"{method.name} of {how} with {parameters / 1e6:.3g}M parameters"
-    if not known.low <= rate <= known.high:
+    if known and not known.low <= rate <= known.high:
         side, why = (
             "above",
             "answers are unlearned faster than better ones are learned, and the model drifts into gibberish",

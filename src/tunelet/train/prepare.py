@@ -215,9 +215,9 @@ def _renderer(recipe: Recipe, examples: Sequence[Example], folder: Path | None) 
             texts = (example.text for example in examples[: recipe.tokenizer.train_rows])
             folder = train_tokenizer(texts, recipe.tokenizer.vocab_size, folder)
     else:
-        from tunelet.models.load import resolve
+        from tunelet.models.load import tokenizer_folder
 
-        folder = resolve(recipe.model.path)
+        folder = tokenizer_folder(recipe.model.path)
     tokenizer = load_tokenizer(folder, recipe.model.chat_template)
     return tokenizer, Renderer(tokenizer)
 

@@ -81,6 +81,16 @@ def _parameters(recipe: Recipe) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+def _prepared(recipe: Recipe, folder: Path) -> Prepared:
+    """The rows; before they are read, whether an adapter that is trained on is the recipe's."""
+    from tunelet.models import adapters, load
+    from tunelet.train.prepare import prepare
+
+    if recipe.model.path and (config := load.peft_config(load.resolve(recipe.model.path, weights_too=False))):
+        adapters.check_same(config, recipe.adapter, recipe.model.path)
+    return prepare(recipe, folder)
+
+
 @contextlib.contextmanager
 def opened(
     recipe: Recipe, out: Path, origins: Mapping[str, str], checking: contextlib.AbstractContextManager[Any]
@@ -90,8 +100,6 @@ def opened(
     A new run's folder is made only once its data is found to be good, and goes away again where a user's mistake ends
     the block before anything was trained or measured. Any other error is written to FAILED.json.
     """
-    from tunelet.train.prepare import prepare
-
     out = Path(out)
     check_folder(out, recipe)
     with contextlib.ExitStack() as stack:
@@ -105,11 +113,11 @@ def opened(
                         why="a run is never written over",
                         fix=f"Look at it with: tunelet report {out}; or choose another --out.",
                     )
-                prepared = prepare(recipe, run.folder / TOKENIZER)
+                prepared = _prepared(recipe, run.folder / TOKENIZER)
                 run.going_on()
             else:
                 scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tunelet-")))
-                prepared = prepare(recipe, scratch / TOKENIZER)
+                prepared = _prepared(recipe, scratch / TOKENIZER)
                 stack.enter_context(lock.held(out))
                 must_be_free(out)  # still: another process may have come and gone
                 stack.enter_context(_gone_if_nothing_done(out))
@@ -173,10 +181,9 @@ def choose(recipe: Recipe, run: Run, console: Any) -> Choice:
 def looked_at(recipe: Recipe) -> tuple[Prepared, Choice]:
     """Data and device of a training that is only planned: nothing is written."""
     from tunelet.models import device
-    from tunelet.train.prepare import prepare
 
     with tempfile.TemporaryDirectory(prefix="tunelet-") as scratch:
-        prepared = prepare(recipe, Path(scratch))
+        prepared = _prepared(recipe, Path(scratch))
     choice = device.choose(recipe.model.device, recipe.model.dtype, recipe.model.threads)
     device.apply(choice)
     return prepared, choice
@@ -236,9 +243,7 @@ def _model(recipe: Recipe, tokenizer: Any, choice: Choice) -> Any:
         quantization=recipe.model.quantization,
     )
     load.check_tokenizer(model, tokenizer, recipe.model.path)
-    if hasattr(model, "peft_config"):
-        adapters.train_on(model, recipe.adapter, recipe.model.path)
-    elif recipe.adapter.kind != "none":
+    if not hasattr(model, "peft_config") and recipe.adapter.kind != "none":
         model = adapters.add(model, recipe.adapter, recipe.train.seed, tokenizer)
     return model
 

@@ -246,3 +246,23 @@ def test_rows_of_a_file_say_which(made, tiny_model_folder, tiny_tokenizer, tmp_p
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(TuneletError, match="row 8 wants the adapter 'c'"):
         answer_file(prompts, tmp_path / "out2.jsonl", lambda: pytest.fail("too early"), settings, console)
+
+
+@pytest.mark.parametrize("name", ["keys", "training", "p", "lora", "weight", "A"])
+def test_any_word_names_an_adapter(made, tiny_model_folder, tiny_tokenizer, name, recwarn):
+    engine = AdapterEngine.open(tiny_model_folder, {"a": made / "a", name: made / "b"}, FP32)
+    engine.use(name)
+    assert answers(engine) == answers(alone(made / "b", tiny_tokenizer))
+    assert not [warning for warning in recwarn if "dapter name" in str(warning.message)]
+
+
+def test_an_adapter_without_a_tokenizer_has_its_base_s(made, tmp_path, tiny_model_folder):
+    import shutil
+
+    from tunelet.commands.common import open_tokenizer
+
+    shutil.copytree(made / "a", tmp_path / "bare")
+    for file in (tmp_path / "bare").iterdir():
+        if "token" in file.name or file.suffix == ".jinja":
+            file.unlink()
+    assert len(open_tokenizer(str(tmp_path / "bare"))[0]) == 400
