@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from benchmarks import ladder, plan_grid, plot, process, report, rows, settings, shapes, train
+from benchmarks import evals, ladder, plan_grid, plot, process, report, rows, settings, shapes, train
 from tunelet.errors import TuneletError
 
 
@@ -31,6 +31,20 @@ def parser() -> argparse.ArgumentParser:
     t.add_argument("--batch-size", type=_positive, default=8, help="rows of an optimizer step")
     t.add_argument("--compile", action="store_true", help="the same as --set train.compile=true")
     t.set_defaults(run=train.run)
+
+    e = verbs.add_parser("eval", help="scoring of benchmark items beside a peer's, item by item")
+    e.add_argument("--model", required=True, metavar="M", help=f"a folder, starter, or {', '.join(shapes.SHAPES)}")
+    e.add_argument("--task", required=True, action="append", metavar="T", help="as tunelet eval has it; repeatable")
+    e.add_argument("--data", action="append", default=[], metavar="D", help="a folder or file with the task's rows")
+    e.add_argument("--subset", action="append", default=[], metavar="NAME", help="of mmlu: this one; repeatable")
+    e.add_argument("--num-fewshot", type=int, metavar="N", help="default: the task's own")
+    e.add_argument("--limit", type=int, default=0, metavar="N", help="the first so many items of each subset")
+    e.add_argument("--peer", choices=sorted(evals.PEERS), help="default: tunelet alone")
+    e.add_argument("--pairs", type=_positive, default=3)
+    e.add_argument("--batch-size", type=_positive, default=16, help="sequences of one forward, for both")
+    e.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    _common(e)
+    e.set_defaults(run=evals.run)
 
     s = verbs.add_parser("settings", help="which settings make the peer fastest on this machine")
     s.add_argument("--method", choices=("sft", "lora"), default="sft")

@@ -6,9 +6,10 @@ SPEC's "log"; standard error gets progress only.
 
 Nothing here imports tunelet: that sets OpenMP and oneDNN up for training, and a peer must run as it does without.
 
-SPEC, JSON: {"task": "gemm" | "checkpoint" | "step", "device", "threads", "scratch", "log", ...}; for "step" also
-{"contestant", "method", "variant", "shape", "model" (folder), "rows" (kind), "warm", "steps", "batch_size", "rank" (0:
-all weights), "seed", "set" (recipe keys for ours), "peer_set" (settings for the peer)}.
+SPEC, JSON: {"task": "gemm" | "checkpoint" | "step" | "eval", "device", "threads", "scratch", "log", ...}; for "eval"
+see eval_work.py, for "step" also {"contestant", "method", "variant", "shape", "model" (folder), "rows" (kind), "warm",
+"steps", "batch_size", "rank" (0: all weights), "seed", "set" (recipe keys for ours), "peer_set" (settings for the
+peer)}.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks import measure, rows, shapes
+from benchmarks import eval_work, measure, rows, shapes
 
 
 def contestants() -> dict[str, dict[str, Callable[..., Any]]]:
@@ -89,7 +90,10 @@ def main(path: str) -> int:
     else:
         try:
             measure.set_up(spec["device"], spec["threads"])
-            result = measure.gemm(spec["device"]) if spec["task"] == "gemm" else step(spec, tell)
+            if spec["task"] == "eval":
+                result = eval_work.run(spec, tell)
+            else:
+                result = measure.gemm(spec["device"]) if spec["task"] == "gemm" else step(spec, tell)
         except Exception as error:
             if getattr(error, "exit_code", None) != 2:  # TuneletError, which is not imported: see the top
                 raise

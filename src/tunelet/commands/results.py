@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tunelet.commands import tasks as benchmarks
 from tunelet.commands.common import (
     Adapters,
     Columns,
@@ -33,7 +34,11 @@ from tunelet.errors import TuneletError
 if TYPE_CHECKING:
     from rich.console import Console
 
-TASKS = ("starter", "held_out", "preference")
+TASKS = {
+    "starter": "held-out requests of the shipped smart home, answered and run",
+    "held_out": "loss and stop rate on your own rows (--data)",
+    "preference": "how often the better of two answers is the more probable one",
+}
 RunOrModel = Annotated[
     str | None,
     typer.Argument(
@@ -49,18 +54,43 @@ def evaluate(
     adapter: Adapters = None,
     use: Use = None,
     task: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
+            "--task",
             metavar="T",
             help="starter: does it do what is asked? held_out: loss and stop rate on --data. "
             "preference: of pairs of answers (--data, else the starter's), how often is the better one more probable? "
             "By the sum over its tokens, which favours short answers, and by their mean. "
+            "Benchmarks (--tasks lists them) and tasks of your own: a name or a file, repeat for more. "
             "Default: held_out with --data, else starter.",
         ),
     ] = None,
+    tasks: Annotated[bool, typer.Option("--tasks", help="List the tasks, and what is in them.")] = False,
     data: Annotated[
         list[str] | None,
-        typer.Option("--data", metavar="D", help="held_out, preference: rows kept from training."),
+        typer.Option(
+            "--data",
+            metavar="D",
+            help="held_out, preference: rows kept from training. Benchmarks: a folder or file for the hub's rows, a "
+            "second file for the examples'.",
+        ),
+    ] = None,
+    num_fewshot: Annotated[
+        int | None,
+        typer.Option(min=0, metavar="N", help="Benchmarks: solved examples before a question. Default: the task's."),
+    ] = None,
+    subset: Annotated[
+        list[str] | None,
+        typer.Option("--subset", metavar="NAME", help="Benchmarks: these subsets alone, of mmlu or kmmlu."),
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Benchmarks: through the chat template.")] = False,
+    multiturn: Annotated[
+        bool, typer.Option("--multiturn", help="With --chat: examples as turns of the conversation.")
+    ] = False,
+    system: Annotated[str, typer.Option(metavar="TEXT", help="Benchmarks: a system message.")] = "",
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Benchmarks: write results and items there, in lm-eval's layout."),
     ] = None,
     against: Annotated[
         str | None,
@@ -83,16 +113,26 @@ def evaluate(
         int, typer.Option(min=1, metavar="N", help="starter, or --against on it: held-out commands in each language.")
     ] = 500,
     limit: Annotated[
-        int, typer.Option(min=0, metavar="N", help="held_out, preference: the first so many rows; 0: all.")
-    ] = 200,
+        int | None,
+        typer.Option(
+            min=0, metavar="N", help="The first so many rows; 0: all. Default: held_out, preference: 200; others: all."
+        ),
+    ] = None,
     max_length: Annotated[
         int, typer.Option(min=8, metavar="N", help="held_out, preference: tokens of a row; longer ones are cut.")
     ] = 1024,
-    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Prompts answered at the same time.")] = 64,
+    batch_size: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Prompts answered, or scored, at the same time.")
+    ] = 64,
     max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Longest answer, in tokens.")] = 128,
     seed: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Which held-out commands of the starter are asked.")
-    ] = 0,
+        int | None,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Which held-out commands of the starter are asked (default: 0); which examples (1234, as lm-eval).",
+        ),
+    ] = None,
     columns: Columns = None,
     template: Template = None,
     device: Device = "auto",
@@ -102,8 +142,38 @@ def evaluate(
 ) -> None:
     """Score a model or a run; every figure with its 95 % interval."""
     console = open_console(json_to)
-    task = task or ("held_out" if data else "starter")
-    choice_of("--task", task, TASKS)
+    if tasks:
+        benchmarks.listed(console, TASKS, json_to)
+        return
+    opening = {"device": device, "dtype": dtype, "trust": trust}
+
+    def opened() -> Any:
+        return open_engine(model, template=template, adapters=adapter, use=use, **opening)
+
+    asked = task or ["held_out" if data else "starter"]
+    if not set(asked) & set(TASKS):
+        started = time.monotonic()
+        found = benchmarks.evaluate(
+            asked,
+            data or [],
+            opened,
+            console,
+            model=str(model or (adapter or [""])[0]),
+            num_fewshot=num_fewshot,
+            limit=limit or 0,
+            only=subset or [],
+            chat=chat,
+            multiturn=multiturn,
+            system=system,
+            seed=seed,
+            batch_size=batch_size,
+            out=out,
+            others=list(TASKS),
+        )
+        write_json({"model": model, "task": asked, **found, "seconds": time.monotonic() - started}, json_to)
+        return
+    _check_alone(asked, num_fewshot, subset, chat, system, out)
+    task, limit, seed = asked[0], 200 if limit is None else limit, seed or 0
     choice_of("--want", want, ("chat", "text"))
     if task == "held_out" and not data:
         raise TuneletError("--task held_out: which rows?", fix="name rows that were not trained on: --data FILE")
@@ -122,7 +192,6 @@ def evaluate(
         open_tokenizer(judge)
     started = time.monotonic()
     answering = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-    opening = {"device": device, "dtype": dtype, "trust": trust}
 
     def starter_items(engine: Any, what: str = "Answering") -> Any:
         from tunelet.evals import starter
@@ -140,7 +209,7 @@ def evaluate(
             once = list({repr(example.prompt): example for example in loaded}.values())
             return winrate.answers(engine, once, progress=progress, **answering)
 
-    engine = open_engine(model, template=template, adapters=adapter, use=use, **opening)
+    engine = opened()
     figures: dict[str, Any] = {"model": model, "task": task}
     if adapter:
         figures |= {"adapters": list(engine.names), "used": engine.used}
@@ -165,6 +234,18 @@ def evaluate(
             f"{name:<{width}} {found['value']:8.3f}   {found['low']:.3f} to {found['high']:.3f}   n = {found['n']}"
         )
     write_json(figures | {"metrics": metrics, "seconds": time.monotonic() - started, "items": answered}, json_to)
+
+
+def _check_alone(asked: list[str], *only_for_benchmarks: Any) -> None:
+    if len(asked) > 1:
+        raise TuneletError(
+            f"--task {', '.join(asked)}: {next(name for name in asked if name in TASKS)} is scored alone",
+            fix="give it a command of its own; benchmarks may stand together",
+        )
+    flags = ("--num-fewshot", "--subset", "--chat", "--system", "--out")
+    for flag, given in zip(flags, only_for_benchmarks, strict=True):
+        if given not in (None, False, "", []):
+            raise TuneletError(f"{flag} is for benchmarks, not for --task {asked[0]}", fix="leave it out")
 
 
 def _check_against(task: str, on_starter: bool, against: str | None, judge: str | None) -> None:

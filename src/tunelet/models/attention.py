@@ -160,21 +160,22 @@ def _plain(q, k, v, scale, window, softcap, dropout):
     return (p @ vs).permute(0, 3, 1, 2, 4).reshape(b, length, heads, dim)
 
 
-def _sdpa(q, k, v, scale, window):
+def _sdpa(q, k, v, scale, window, skip=0):
+    """The first `skip` results are zero: nobody wants them."""
     length = q.shape[1]
     mask = None
-    if window and window < length:
-        mask = block_mask(0, length, 0, window, q.dtype, q.device)
+    if skip or (window and window < length):
+        mask = block_mask(skip, length, 0, window, q.dtype, q.device)
     out = F.scaled_dot_product_attention(
-        q.transpose(1, 2),
+        q[:, skip:].transpose(1, 2),
         k.transpose(1, 2),
         v.transpose(1, 2),
         attn_mask=mask,
         is_causal=mask is None,
         scale=scale,
         enable_gqa=q.shape[2] != k.shape[2],
-    )
-    return out.transpose(1, 2)
+    ).transpose(1, 2)
+    return F.pad(out, (0, 0, 0, 0, skip, 0)) if skip else out
 
 
 def _rows(q, k, v, scale, window, softcap, dropout, skip=0):
@@ -187,7 +188,7 @@ def _rows(q, k, v, scale, window, softcap, dropout, skip=0):
         return _plain(q, k, v, scale, window, softcap, dropout)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         return GemmAttention.apply(q, k, v, scale, window, skip)
-    return _sdpa(q, k, v, scale, window)
+    return _sdpa(q, k, v, scale, window, skip)
 
 
 def flat_attention(q, k, v, plan: AttentionPlan, *, scale, window=None, softcap=None, dropout=0.0):

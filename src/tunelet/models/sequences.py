@@ -42,11 +42,11 @@ class _SequenceSums(torch.autograd.Function):
     def forward(ctx, h, weight, targets, sequence_of, sequences):
         chunk = max(1, head.CHUNK_ELEMENTS // weight.shape[0])
         graded, kept, held = any(ctx.needs_input_grad[:2]), [], 0
-        factor = _factor(weight)
+        factor = as_factor(weight)
         sums = torch.zeros(sequences, dtype=torch.float32, device=h.device)
         for start in range(0, len(h), chunk):
             part = slice(start, start + chunk)
-            logp = _logp(h[part], factor)
+            logp = logp_of(h[part], factor)
             sums.index_add_(0, sequence_of[part], logp.gather(1, targets[part, None])[:, 0])
             held += logp.numel()
             if graded:
@@ -65,8 +65,8 @@ class _SequenceSums(torch.autograd.Function):
         for number, start in enumerate(range(0, len(h), ctx.chunk)):
             part, residual = slice(start, start + ctx.chunk), ctx.kept[number]
             if residual is None:
-                factor = _factor(weight) if factor is None else factor
-                residual = _residual(_logp(h[part], factor), targets[part], h.dtype)
+                factor = as_factor(weight) if factor is None else factor
+                residual = _residual(logp_of(h[part], factor), targets[part], h.dtype)
             ctx.kept[number] = None
             if need_h:
                 torch.mul(residual @ weight, scale[part], out=dh[part])
@@ -76,12 +76,12 @@ class _SequenceSums(torch.autograd.Function):
         return dh, dw, None, None, None
 
 
-def _factor(weight: torch.Tensor) -> torch.Tensor:
-    """The head's weights, as `_logp` multiplies by them."""
+def as_factor(weight: torch.Tensor) -> torch.Tensor:
+    """The head's weights, as `logp_of` multiplies by them."""
     return weight.t() if weight.device.type == "cuda" else weight.float().t()
 
 
-def _logp(h: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+def logp_of(h: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """[n, V] fp32 log softmax(h @ factor), the product summed and kept in fp32."""
     if factor.dtype == torch.float32:
         with _exact_products(h.dtype):
@@ -134,9 +134,9 @@ def mean_and_entropy(model: Any, batch: Batch) -> tuple[float, float]:
         else:
             weight = head.causal_lm(model).get_output_embeddings().weight
             h = head.hidden_states(model, batch).index_select(0, batch.loss_at)
-            factor, chunk = _factor(weight), max(1, head.CHUNK_ELEMENTS // weight.shape[0])
+            factor, chunk = as_factor(weight), max(1, head.CHUNK_ELEMENTS // weight.shape[0])
             for start in range(0, len(h), chunk):
-                of, uncertain = _sums(_logp(h[start : start + chunk], factor), batch.targets[start : start + chunk])
+                of, uncertain = _sums(logp_of(h[start : start + chunk], factor), batch.targets[start : start + chunk])
                 total, entropy = total + of, entropy + uncertain
     model.train(was_training)
     return total / len(batch.targets), entropy / len(batch.targets)
