@@ -17,7 +17,7 @@ from typing import Any
 from tunelet.evals import stats
 from tunelet.evals.likelihood import Likelihood
 from tunelet.evals.task_rows import Item
-from tunelet.evals.tasks import Extract, Task
+from tunelet.evals.tasks import FOLLOWED, Extract, Task
 
 LESS_IS_BETTER = ("word_perplexity", "byte_perplexity", "bits_per_byte", "token_perplexity")
 
@@ -82,9 +82,22 @@ def generated(task: Task, item: Item, answer: str, own: Callable[[Any, Any], flo
             out[metric] = float(_plain(task, answer) == _plain(task, item.target))
         elif metric == "f1":
             out[metric] = token_f1(answer, item.target)
+        elif metric in FOLLOWED:
+            verdicts = _followed(item.doc, answer, loose="loose" in metric)
+            whole = metric.startswith("prompt_level")
+            out[metric] = float(all(verdicts)) if whole else (sum(verdicts), len(verdicts))
         elif own is not None:
             out[metric] = float(own(answer, item.doc))
     return out
+
+
+def _followed(row: Any, answer: str, loose: bool) -> tuple[bool, ...]:
+    """Which of a row's verifiable instructions an answer follows; Korean ones by their own verifiers."""
+    from tunelet.evals import ifeval, ifeval_ko
+
+    korean = any(name.startswith("ko_") for name in row["instruction_id_list"])
+    verifiers = ifeval_ko.VERIFIERS if korean else ifeval.VERIFIERS
+    return (ifeval.loose if loose else ifeval.strict)(row, answer, verifiers=verifiers)
 
 
 def _plain(task: Task, text: str) -> str:
@@ -127,6 +140,9 @@ def figure(metric: str, values: Sequence[Any], kind: str) -> Figure:
         return _perplexity(metric, values)
     if metric == "f1" and kind == "multiple_choice":
         return _macro_f1(values)
+    if metric.startswith("inst_level"):  # of all instructions; those of one prompt are drawn together
+        found = stats.bootstrap_ratio([float(hits) for hits, _ in values], [float(of) for _, of in values])
+        return Figure(found.value, None, found.as_dict())
     value = sum(values) / len(values)
     return Figure(value, mean_stderr(values), _interval(values).as_dict())
 

@@ -15,6 +15,8 @@ from tunelet.evals import task_rows, tasks
 from tunelet.evals.task_rows import Item
 from tunelet.evals.tasks import Loaded, Task
 
+SHIPPED = Path(__file__).with_name("data")  # rows that come with tunelet
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -152,8 +154,8 @@ def _source(loaded: Loaded, subset: str, data: Sequence[str]) -> str:
         return str(found)
     if task.rows.hub:
         return _hub(task, subset, task.rows.split)
-    beside = Path(loaded.source).parent
-    found = task_rows.find(task.rows.files, beside, subset) if loaded.source.endswith((".toml", ".py")) else None
+    beside = Path(loaded.source).parent if loaded.source.endswith((".toml", ".py")) else SHIPPED
+    found = task_rows.find(task.rows.files, beside, subset)
     if found is None:
         raise TuneletError(
             f"task {task.name}: which rows?",

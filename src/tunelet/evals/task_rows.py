@@ -136,7 +136,8 @@ class Reader:
                 raise BadRow("the text is empty")
             return Item(number, doc, where, prompt)
         if kind == "generate":
-            return Item(number, doc, where, prompt, target=str(self._answer(doc)))
+            target = self._answer(doc)
+            return Item(number, doc, where, prompt, target="" if target is None else str(target))
         choices, labels = self._choices_of(doc)
         continuation = self._continuation(doc) if self._continuation else None
         if self._correct is not None:

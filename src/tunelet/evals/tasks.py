@@ -18,7 +18,8 @@ from tunelet.errors import TuneletError, did_you_mean
 
 FOLDER = Path(__file__).with_name("tasks")
 CHOICE_METRICS = ("acc", "acc_norm", "acc_bytes", "exact_match", "f1", "mass")
-TEXT_METRICS = ("exact_match", "f1")
+FOLLOWED = ("prompt_level_strict_acc", "inst_level_strict_acc", "prompt_level_loose_acc", "inst_level_loose_acc")
+TEXT_METRICS = ("exact_match", "f1", *FOLLOWED)
 PERPLEXITY_METRICS = ("word_perplexity", "byte_perplexity", "bits_per_byte", "token_perplexity")
 METRICS = {"multiple_choice": CHOICE_METRICS, "generate": TEXT_METRICS, "perplexity": PERPLEXITY_METRICS}
 
@@ -82,8 +83,9 @@ class Task(Strict):
     mass: their share of the probability). continuation: then choices are beginnings, and this is scored after each
     (partial scoring, Trinh & Le 2018, arXiv:1806.02847). delimiter: between prompt and choice. set: more columns, each
     an expression. instruction: text before everything; system: a system message. ignore: patterns removed from both
-    sides before exact_match; ignore_case. report_as: other names for metrics in results. duplicates: whether a row may
-    have the same choice twice, as some public rows have. subsets: group -> names; each is a task NAME_SUBSET of its
+    sides before exact_match; ignore_case. prompt_level_strict_acc and its like: verifiable instructions, whose rows
+    have IFEval's columns (evals/ifeval.py). report_as: other names for metrics in results. duplicates: whether a row
+    may have the same choice twice, as some public rows have. subsets: group -> names; each is a task NAME_SUBSET of its
     own. members: a group of other tasks.
     """
 
@@ -139,7 +141,7 @@ class Task(Strict):
                 raise ValueError("correct: the metric mass needs to know of each choice whether it is right")
             if self.correct and set(self.metrics) - {"mass"}:
                 raise ValueError("metrics: with correct there is only mass")
-        if self.kind == "generate" and self.answer is None:
+        if self.kind == "generate" and self.answer is None and set(self.metrics) - set(FOLLOWED):
             raise ValueError("answer: is missing")
         return self
 
