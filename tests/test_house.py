@@ -33,6 +33,7 @@ MAY: dict[str, set[str]] = {
     "evals": BOTTOM | {"data", "models", "methods", "infer", "runs"},
     "train": BOTTOM | {"data", "models", "methods", "infer", "evals", "runs", "machine"},
     "machine": BOTTOM | {"models", "runs"},
+    "domain": {"errors", "runs", "data"},
     "stages": {"errors", "recipe", "recipe_io", "runs"},
     "align": BOTTOM | {"stages", "data", "models", "methods", "infer", "evals", "train", "runs"},
     "sweep_grid": {"errors", "recipe", "recipe_io", "recipe_text"},
@@ -40,7 +41,7 @@ MAY: dict[str, set[str]] = {
     "sweep": BOTTOM | {"sweep_grid", "sweep_judge", "stages", "align", "models", "train", "runs"},
     "commands": BOTTOM
     | {"stages", "data", "models", "methods", "infer", "evals", "train", "runs", "align", "machine"}
-    | {"sweep", "sweep_grid"},
+    | {"sweep", "sweep_grid", "domain"},
     "cli": BOTTOM | {"commands"},
     "__main__": {"cli"},
 }
@@ -108,6 +109,7 @@ def test_light_modules_import_nothing_heavy():
     """What `tunelet --help` and the light verbs import, in a fresh interpreter."""
     names = ["cli", "recipe_io", "recipe_text", "machine", "starter", "runs.record", "data.formats", "data.sources"]
     names += ["data.doctor", "data.examples", "infer.batch"]
+    names += ["domain.build", "domain.export", "domain.pairs", "domain.writers", "domain.cloze"]
     code = f"import sys, importlib\nfor n in {names}: importlib.import_module('tunelet.' + n)\n"
     code += f"print(*[m for m in {HEAVY} if m in sys.modules])"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=_env())

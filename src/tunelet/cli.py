@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from tunelet import __version__
-from tunelet.commands import ask, common, compare, data, export, machine, plan, recipe, results, sweep, train
+from tunelet.commands import ask, common, compare, data, domain, export, machine, plan, recipe, results, sweep, train
 from tunelet.errors import TuneletError, did_you_mean
 
 app = typer.Typer(
@@ -50,6 +50,7 @@ app.command("train", short_help="Train a model: sft, dpo, orpo, ...")(train.trai
 app.command("sweep", short_help="Which settings are best? A grid of them.")(sweep.sweep)
 app.command("plan", short_help="How long will it take, and will it fit?")(plan.plan)
 app.add_typer(data.app, name="data")
+app.add_typer(domain.app, name="domain")
 app.command("eval", short_help="Score a model or a run, with intervals.")(results.evaluate)
 app.command("chat", short_help="Talk with a model.")(ask.chat)
 app.command("generate", short_help="Answer a file of prompts.")(ask.generate)
