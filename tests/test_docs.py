@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ READMES = ["README.md", "README.ko.md"]
 SCALE = ["docs/scale.md", "docs/scale.ko.md"]  # its commands are run by train/test_distributed.py
 PREFERENCE = ["docs/preference.md", "docs/preference.ko.md"]
 ADAPTERS = ["docs/adapters.md", "docs/adapters.ko.md"]
+EVALUATION = ["docs/evaluation.md", "docs/evaluation.ko.md"]
 COMPARING = ("dpo", "orpo", "simpo", "kto")  # in the order of its tables' columns
 needs_base = pytest.mark.skipif(
     not (starter.BASE / "model.safetensors").is_file(), reason="the shipped base model is not here"
@@ -228,6 +230,42 @@ def test_what_is_logged_and_printed_of_adapters_is_there(name):
     assert shown.splitlines() == told
 
 
+@pytest.mark.parametrize("name", EVALUATION)
+def test_an_exam_of_ones_own_end_to_end(name, workplace, monkeypatch, capsys):
+    """Task, rows, metric and the test of a difference, as docs/evaluation.md shows them."""
+    for file in re.findall(r"```(?:toml|python)\n(.*?)```", text(name), flags=re.S):
+        (workplace / file.partition("\n")[0].removeprefix("# ")).write_text(file, encoding="utf-8")
+    (rows,) = re.findall(r"```json\n(.*?)```", text(name), flags=re.S)
+    (workplace / "exam.jsonl").write_text(rows, encoding="utf-8")
+    sums = [{"question": f"{n} + 1 =", "result": n + 1} for n in range(3)]
+    (workplace / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sums), encoding="utf-8")
+    shutil.copytree(workplace / "MODEL", workplace / "OTHER")
+    for line in next(block for block in blocks(name) if any("my_sums.py" in line for line in block)):
+        run(line, monkeypatch)
+    shown = capsys.readouterr().out
+    for figure in ("my_exam/acc ", "my_exam/acc_norm ", "my_sums/own "):
+        assert figure in shown
+    exec((workplace / "paired.py").read_text(encoding="utf-8"), {})
+    assert capsys.readouterr().out.startswith("p = 1.0\n")  # both are one model
+
+
+@pytest.mark.parametrize("name", EVALUATION)
+def test_tasks_and_metrics_told_of_evaluation_are_those_of_the_code(name, capsys):
+    from tunelet.evals import tasks
+
+    told = set(inline(name))
+    assert {task for task in tasks.shipped() if not task.startswith("kobest_")} <= told
+    found = {kind: set() for kind in tasks.METRICS}
+    for row in tables(name):
+        if len(row) == 3 and (kind := row[1].strip("`")) in found:
+            found[kind] |= set(re.findall(r"`(\w+)`", row[0]))
+    assert found == {kind: set(metrics) for kind, metrics in tasks.METRICS.items()}
+    for file in re.findall(r"```python\n(.*?)```", text(name), flags=re.S):
+        if file.startswith("# instructions.py") or (file.startswith("# programs.py") and sys.platform == "linux"):
+            exec(file, {})
+    assert capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", PREFERENCE)
 def test_formats_of_pairs_are_read_as_shown(name, tmp_path):
     from tunelet.data import doctor, formats
@@ -281,7 +319,7 @@ def test_what_is_told_of_pairs_is_there(name):
     assert keys <= set(values(Recipe()))
 
 
-@pytest.mark.parametrize("name", [*READMES, *SCALE, *PREFERENCE, *ADAPTERS])
+@pytest.mark.parametrize("name", [*READMES, *SCALE, *PREFERENCE, *ADAPTERS, *EVALUATION])
 def test_every_block_is_run_or_checked(name):
     for block in blocks(name):
         for line in block:
@@ -296,7 +334,9 @@ def test_every_block_is_run_or_checked(name):
 
 
 @pytest.mark.parametrize(
-    "names", [READMES, SCALE, PREFERENCE, ADAPTERS], ids=["readme", "scale", "preference", "adapters"]
+    "names",
+    [READMES, SCALE, PREFERENCE, ADAPTERS, EVALUATION],
+    ids=["readme", "scale", "preference", "adapters", "evaluation"],
 )
 def test_both_languages_have_the_same_commands(names):
     assert [[re.sub(r'"[^"]*"', '""', line) for line in block] for block in blocks(names[0])] == [
@@ -322,7 +362,7 @@ def test_every_verb_is_in_the_table(name):
         assert f"tunelet {verb[0]}" in told and verb[-1] in told, verb
 
 
-@pytest.mark.parametrize("name", [*READMES, *SCALE, *PREFERENCE, *ADAPTERS, "CONTRIBUTING.md"])
+@pytest.mark.parametrize("name", [*READMES, *SCALE, *PREFERENCE, *ADAPTERS, *EVALUATION, "CONTRIBUTING.md"])
 def test_flags_and_files_named_exist(name):
     known = options() | {"--help", "--find-links", "--nproc-per-node", "--shutdown-timeout"}  # the last are torchrun's
     for part in inline(name):

@@ -56,7 +56,11 @@ def test_figures_are_those_of_score(tiny_tokenizer, model, tmp_path):
         {"key": 3, "prompt": "No commas.", "kwargs": [{}], "instruction_id_list": ["punctuation:no_comma"]},
     ]  # fmt: skip
     (tmp_path / "ifeval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    answers = ["all of these words are written small, and there is a comma in this sentence", 'Here it is:\n"So be it."', "Nothing of that kind"]
+    answers = [
+        "all of these words are written small, and there is a comma in this sentence",
+        'Here it is:\n"So be it."',
+        "Nothing of that kind",
+    ]
     found = figures("ifeval", answers, tiny_tokenizer, model, [str(tmp_path)])
     expected = ifeval.score(rows, answers)
     assert {name: told["value"] for name, told in found.items()} == {
@@ -70,3 +74,10 @@ def test_figures_are_those_of_score(tiny_tokenizer, model, tmp_path):
 def test_all_real_prompts_make_items(shared):
     plan = task_plan.prepare(["ifeval"], [str(shared / "eval-ifeval")])
     assert len(plan.tasks[0].items) == 541
+
+
+def test_no_instruction_followed_is_no_certainty(tiny_tokenizer, model, tmp_path):
+    row = {"key": 1, "prompt": "No commas.", "kwargs": [{}], "instruction_id_list": ["punctuation:no_comma"]}
+    (tmp_path / "ifeval.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | {"key": 2}) + "\n")
+    found = figures("ifeval", ["a, b", "c, d"], tiny_tokenizer, model, [str(tmp_path)])["ifeval/inst_level_strict_acc"]
+    assert found["value"] == 0.0 and found["high"] > 0.3 and found["n"] == 2

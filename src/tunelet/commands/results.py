@@ -124,7 +124,9 @@ def evaluate(
     batch_size: Annotated[
         int, typer.Option(min=1, metavar="N", help="Prompts answered, or scored, at the same time.")
     ] = 64,
-    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Longest answer, in tokens.")] = 128,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Longest answer, in tokens. Default: 128.")
+    ] = None,
     seed: Annotated[
         int | None,
         typer.Option(
@@ -152,6 +154,7 @@ def evaluate(
 
     asked = task or ["held_out" if data else "starter"]
     if not set(asked) & set(TASKS):
+        benchmarks.check_length(max_new_tokens)
         started = time.monotonic()
         found = benchmarks.evaluate(
             asked,
@@ -191,7 +194,7 @@ def evaluate(
     if judge:
         open_tokenizer(judge)
     started = time.monotonic()
-    answering = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    answering = {"max_new_tokens": max_new_tokens or 128, "batch_size": batch_size}
 
     def starter_items(engine: Any, what: str = "Answering") -> Any:
         from tunelet.evals import starter

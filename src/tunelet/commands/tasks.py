@@ -37,6 +37,15 @@ def listed(console: Console, own: dict[str, str], json_to: str | None) -> None:
     write_json({"tasks": figures | {name: {"description": told} for name, told in own.items()}}, json_to)
 
 
+def check_length(max_new_tokens: int | None) -> None:
+    """Raises TuneletError where the length of answers is asked for: a task says it."""
+    if max_new_tokens is not None:
+        raise TuneletError(
+            "--max-new-tokens: a benchmark's task says how long an answer may be",
+            fix="leave it out, or set max_new_tokens in a task file of your own",
+        )
+
+
 def evaluate(
     names: Sequence[str],
     data: Sequence[str],

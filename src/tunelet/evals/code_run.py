@@ -74,7 +74,7 @@ def run(
         raise TuneletError(
             "a program that a model wrote was not run",
             why="running it is off unless it is asked for: it may do anything a program can",
-            fix="pass allow_execution=True (in a recipe or on the command line: allow_execution), best in a container",
+            fix="pass allow_execution=True, best in a container",
         )
     if not (seconds > 0 and math.isfinite(seconds)) or memory_mb < LEAST_MEMORY_MB:
         raise TuneletError(

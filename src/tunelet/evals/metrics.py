@@ -141,8 +141,11 @@ def figure(metric: str, values: Sequence[Any], kind: str) -> Figure:
     if metric == "f1" and kind == "multiple_choice":
         return _macro_f1(values)
     if metric.startswith("inst_level"):  # of all instructions; those of one prompt are drawn together
+        hits, of = sum(hits for hits, _ in values), sum(of for _, of in values)
         found = stats.bootstrap_ratio([float(hits) for hits, _ in values], [float(of) for _, of in values])
-        return Figure(found.value, None, found.as_dict())
+        if hits in (0, of):  # a bootstrap sees no doubt there
+            found = stats.wilson(hits, of)
+        return Figure(found.value, None, found.as_dict() | {"n": of})
     value = sum(values) / len(values)
     return Figure(value, mean_stderr(values), _interval(values).as_dict())
 

@@ -141,6 +141,8 @@ class Task(Strict):
                 raise ValueError("correct: the metric mass needs to know of each choice whether it is right")
             if self.correct and set(self.metrics) - {"mass"}:
                 raise ValueError("metrics: with correct there is only mass")
+        if "own" in self.metrics and self.kind != "generate":
+            raise ValueError('metrics: a metric of your own counts what was written: kind = "generate"')
         if self.kind == "generate" and self.answer is None and set(self.metrics) - set(FOLLOWED):
             raise ValueError("answer: is missing")
         return self
@@ -200,7 +202,9 @@ def _python(path: Path) -> Loaded:
     given = getattr(module, "TASK", None)
     if not isinstance(given, Mapping):
         raise TuneletError(
-            f"{path}: holds no task", why="a task file in Python says TASK = {...}", fix="see docs: a task of your own"
+            f"{path}: holds no task",
+            why="a task file in Python says TASK = {...}",
+            fix="write TASK = {...}, as in docs/evaluation.md",
         )
     metric = getattr(module, "metric", None)
     given = {"name": path.stem, **given}
