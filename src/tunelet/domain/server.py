@@ -133,6 +133,7 @@ def bound(port: int) -> Iterator[socket.socket]:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             sock.bind((LOOPBACK, port))
+            sock.listen()  # a browser that is quicker than the server waits instead of being refused
         except (OSError, OverflowError) as error:
             raise TuneletError(
                 f"--port {port}: can't be served on", why=str(error), fix="--port 0 takes a free one"
