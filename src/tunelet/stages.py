@@ -54,18 +54,19 @@ def of(recipe: Recipe, origins: Mapping[str, str], out: Path) -> list[Stage]:
 
 
 def _go_on_with_adapter(before: Recipe, made: Recipe, where: dict[str, str]) -> None:
-    """A stage after one that trained an adapter trains that adapter on, over the same base. One that asks for another
-    kind is told so when it loads (models/adapters.py)."""
+    """A stage that names no adapter, after one that trained one, trains that adapter on, over the same base. What a
+    stage says of an adapter itself stays, and is held against the one that is there (models/adapters.py)."""
     adapter = before.adapter
-    if adapter.kind == "none" or made.adapter.kind not in ("none", adapter.kind):
+    if adapter.kind == "none" or made.adapter.kind != "none":
         return
     changes: dict[str, object] = {"init": "auto", "init_text": "", "target_modules": []}
     if adapter.init in ("olora", "pissa"):  # written with what it began as beside it
         changes |= {"rank": 2 * adapter.rank, "alpha": adapter.alpha * (2**0.5 if adapter.kind == "rslora" else 2)}
     made.adapter = adapter.model_copy(update=changes)
-    made.model.quantization = before.model.quantization
     where |= {f"adapter.{key}": "that of the stage before" for key in type(adapter).model_fields}
-    where["model.quantization"] = "as in the stage before"
+    if made.model.quantization == "none":
+        made.model.quantization = before.model.quantization
+        where["model.quantization"] = "as in the stage before"
 
 
 def unfinished(recipe: Recipe, out: Path) -> Run | None:

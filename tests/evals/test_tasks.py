@@ -332,9 +332,14 @@ def test_every_gold_answer_of_gsm8k_is_extracted(shared):
 
 
 def test_words_in_common():
-    assert metrics.token_f1("The cat sat.", "a cat sat") == 1.0
-    assert metrics.token_f1("cat", "dog") == 0.0 and metrics.token_f1("", "the") == 1.0
-    assert metrics.token_f1("cat sat down", "cat") == pytest.approx(0.5)
+    task = tasks.Task(name="t", kind="generate", metrics=("f1",), prompt="p", answer="a")
+    for answer, target, value in (
+        ("The cat sat.", "a cat sat", 1.0),
+        ("cat", "dog", 0.0),
+        ("cat sat down", "cat", 0.5),
+    ):
+        item = task_rows.Item(0, {}, "here", "p", target=target)
+        assert metrics.generated(task, item, answer, None) == {"f1": pytest.approx(value)}
 
 
 # Figures -----------------------------------------------------------------------------------------------------------

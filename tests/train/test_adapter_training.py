@@ -146,6 +146,22 @@ def test_an_end_token_that_cannot_be_learned(train, tmp_path, tiny_model_folder,
         assert [one["kind"] for one in run.read_json("guard.json")] == ["end_token"] * warned
 
 
+def test_a_warning_is_not_written_twice_by_a_run_that_goes_on(train, tmp_path, tiny_model_folder, monkeypatch):
+    monkeypatch.setattr(adapters, "untrained", lambda *given: [("<|im_end|>", "<|im_start|>")])
+    real = step.Stepper.__call__
+
+    def killed(self, rows, number, total):
+        if number == 3:
+            raise RuntimeError("killed")
+        return real(self, rows, number, total)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(step.Stepper, "__call__", killed)
+        train("run", KINDS["prompt"], save_steps=2)
+    run, said = train("run", KINDS["prompt"], save_steps=2)
+    assert [one["kind"] for one in run.read_json("guard.json")] == ["end_token"] and "nothing has trained" in said
+
+
 def test_lora_plus_b_learns_faster():
     def moved(rates):
         a, b = torch.nn.Parameter(torch.ones(3, 3)), torch.nn.Parameter(torch.ones(3, 3))
@@ -268,3 +284,19 @@ def test_no_warning_of_a_range_that_nobody_has_found(kind):
     assert guard.before(Recipe.model_validate(made), 135_000_000) == []
     made["method"]["beta"] = 50.0
     assert [remark.kind for remark in guard.before(Recipe.model_validate(made), 135_000_000)] == ["beta"]
+
+
+def test_what_a_later_stage_says_of_an_adapter_itself_stays(tmp_path, tiny_model_folder):
+    from tunelet import stages
+
+    for own, kept in (("", "rank = 2"), ('[adapter]\nkind = "lora"\nrank = 5\n', "rank = 5")):
+        (tmp_path / "two.toml").write_text(f'method = "sft"\n{own}')
+        (tmp_path / "one.toml").write_text(
+            f'then = ["two.toml"]\nmethod = "sft"\n[model]\npath = "{tiny_model_folder}"\nquantization = "int8"\n'
+            '[adapter]\nkind = "lora"\nrank = 2\n'
+        )
+        loaded = load_recipe(str(tmp_path / "one.toml"))
+        last = stages.of(loaded.recipe, loaded.origins, tmp_path / "out")[-1]
+        assert f"rank = {last.recipe.adapter.rank}" == kept
+        assert (last.origins["adapter.rank"] == "that of the stage before") == (not own)
+        assert last.recipe.model.quantization == ("none" if own else "int8")

@@ -6,15 +6,13 @@ Not the intervals themselves (stats.py).
 
 from __future__ import annotations
 
-import collections
 import math
 import re
-import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tunelet.evals import stats
+from tunelet.evals import stats, text_metrics
 from tunelet.evals.likelihood import Likelihood
 from tunelet.evals.task_rows import Item
 from tunelet.evals.tasks import FOLLOWED, Extract, Task
@@ -81,7 +79,7 @@ def generated(task: Task, item: Item, answer: str, own: Callable[[Any, Any], flo
         if metric == "exact_match":
             out[metric] = float(_plain(task, answer) == _plain(task, item.target))
         elif metric == "f1":
-            out[metric] = token_f1(answer, item.target)
+            out[metric] = text_metrics.f1(answer, [item.target])
         elif metric in FOLLOWED:
             verdicts = _followed(item.doc, answer, loose="loose" in metric)
             whole = metric.startswith("prompt_level")
@@ -104,19 +102,6 @@ def _plain(task: Task, text: str) -> str:
     for pattern in task.ignore:
         text = re.sub(pattern, "", text)
     return text.lower() if task.ignore_case else text
-
-
-def token_f1(answer: str, target: str) -> float:
-    """F1 of the words of both without articles and punctuation (Rajpurkar et al. 2016, arXiv:1606.05250)."""
-    words = []
-    for text in (answer, target):
-        text = "".join(sign for sign in text.lower() if sign not in string.punctuation)
-        words.append([word for word in text.split() if word not in ("a", "an", "the")])
-    shared = sum((collections.Counter(words[0]) & collections.Counter(words[1])).values())
-    if not shared:
-        return float(words[0] == words[1])
-    precision, recall = shared / len(words[0]), shared / len(words[1])
-    return 2 * precision * recall / (precision + recall)
 
 
 def rolled(task: Task, item: Item, found: Sequence[Likelihood]) -> dict[str, Any]:

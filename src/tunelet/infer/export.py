@@ -81,13 +81,7 @@ def source(path: str | Path) -> Source:
     adapters.check_base(folder, base)
     run = next((record.Run.open(place) for place in (Path(path), folder.parent) if record.is_run(place)), None)
     quantization = run.recipe().model.quantization if run else "none"
-    return Source(folder, base, _kind(method, config), run.folder if run else None, quantization)
-
-
-def _kind(method: str, config: dict[str, Any]) -> str:
-    if method != "LORA":
-        return method.lower()
-    return "dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else "lora"
+    return Source(folder, base, adapters.kind_of(load.peft_config(folder)), run.folder if run else None, quantization)
 
 
 def check_out(out: Path, of: Source) -> None:

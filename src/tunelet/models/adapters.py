@@ -1,5 +1,5 @@
 """Adapters: peft's own layers in peft's own format, so that any tool loads what is trained here. Not for merging
-(infer/export.py), and not for several at once (infer/adapter_set.py).
+(infer/export.py), and not for several at once (infer/adapters.py).
 
 LoRA: Hu et al., arXiv:2106.09685; rsLoRA: Kalajdzievski, arXiv:2312.03732; DoRA: Liu et al., arXiv:2402.09353; IA3: Liu
 et al., arXiv:2205.05638; prompt and prefix tuning: virtual.py. The adapter computes in the model's dtype like
@@ -19,7 +19,7 @@ import torch
 
 from tunelet.errors import TuneletError
 from tunelet.models import virtual, weights
-from tunelet.recipe import ADAPTER_KEYS, LORA, AdapterSection
+from tunelet.recipe import ADAPTER_KEYS, LORA, VIRTUAL, AdapterSection
 
 CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "base.json"
 SIZES = (
@@ -46,7 +46,7 @@ def add(model: Any, section: AdapterSection, seed: int = 0, tokenizer: Any = Non
 
     torch.manual_seed(seed)  # the initial values are a function of the seed
     first = None
-    if section.kind in ("prompt", "prefix"):
+    if section.kind in VIRTUAL:
         config, first = _virtual_config(model, section, tokenizer)
     else:
         config = _ia3(model, section) if section.kind == "ia3" else _lora(section)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from tunelet.recipe_io import values
 from tunelet.recipe_text import inline
 from tunelet.runs import charts, report_preference, report_sides, report_spent, report_words
 from tunelet.runs.record import STAGES, Run
+from tunelet.runs.templates import template
 
 NAME = "report.html"
 
@@ -34,7 +34,7 @@ def html(run: Run) -> str:
     recipe, stages = run.recipe(), report_sides.earlier(run)
     sides = report_sides.sides(run, stages)
     after = next((side.metrics for side in sides if side.key == "after"), {})
-    return _template().render(
+    return template("report.html.j2").render(
         run=run,
         name=recipe.name,
         status=run.status,
@@ -57,17 +57,6 @@ def html(run: Run) -> str:
         next=report_words.following(run, recipe, stages, after),
         number=charts.number,
     )
-
-
-@cache
-def _template() -> Any:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("tunelet.runs", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    return environment.get_template("report.html.j2")
 
 
 # -- what stands on the page ------------------------------------------------------------------------------------------

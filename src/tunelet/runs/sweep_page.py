@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from tunelet.recipe_text import inline
 from tunelet.runs import charts
 from tunelet.runs.files import disk, write_atomically
 from tunelet.runs.report_words import duration
+from tunelet.runs.templates import template
 
 NAME = "sweep.html"
 HEIGHT = 240  # px, of a panel
@@ -44,7 +44,7 @@ def html(told: Told, name: str) -> str:
     """The page as text. told: what sweep.json holds."""
     columns, rows = table(told)
     done = sum(one["state"] == "finished" for one in told["cells"])
-    return _template().render(
+    return template("sweep.html.j2").render(
         name=name,
         version=__version__,
         cells=len(told["cells"]),
@@ -60,17 +60,6 @@ def html(told: Told, name: str) -> str:
         verdicts=told["verdicts"],
         notes=told["notes"],
     )
-
-
-@cache
-def _template() -> Any:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("tunelet.runs", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    return environment.get_template("sweep.html.j2")
 
 
 # -- the table --------------------------------------------------------------------------------------------------------

@@ -264,9 +264,11 @@ def train_and_save(recipe: Recipe, run: Run, prepared: Prepared, model: Any, cho
         told = adapters.described(model, recipe.adapter)
         run.write_json("adapter.json", told)
         console.print(adapters.line(told), markup=False, highlight=False)
+        said = run.read_json("guard.json", [])
         for remark in _end_token(recipe, model, prepared):
-            run.write_json("guard.json", [*run.read_json("guard.json", []), asdict(remark)])
             console.print(str(remark), markup=False, highlight=False, soft_wrap=True)
+            if asdict(remark) not in said:  # a run that goes on has it already
+                run.write_json("guard.json", [*said, asdict(remark)])
     dtype = save.dtype_of(model, recipe.model.path, choice.dtype)
     device.start_peak(choice.device)
     with energy.metered(run, "training", choice.device):
