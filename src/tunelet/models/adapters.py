@@ -137,8 +137,8 @@ def _begin_from_weights(model: Any, init: str) -> None:
     learns in the directions of the weight itself.
 
     olora: rows and columns of its QR decomposition (Buyukakyuz, arXiv:2406.01775); pissa: its largest singular
-    directions (Meng et al., arXiv:2404.02948). The weights of the base are changed in memory; `plain` says how such an
-    adapter is written down for the base as it was.
+    directions (Meng et al., arXiv:2404.02948). The weights of the base are changed in memory; `finish` writes such an
+    adapter down for the base as it was.
     """
     begun = {}
     for name, layer in lora_layers(model):
