@@ -18,6 +18,7 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="tunelet-tests-")  # cali
 import socket
 from pathlib import Path
 
+import hypothesis
 import pytest
 import pytest_socket
 
@@ -37,6 +38,10 @@ TEXTS = [
     "Once upon a time there was a little girl who liked to play in the garden with her dog.",
     "user system assistant tool What is the state of the door? The front door is locked.",
 ]
+
+
+hypothesis.settings.register_profile("untimed", deadline=None)  # no test asserts a time: machines are shared
+hypothesis.settings.load_profile("untimed")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

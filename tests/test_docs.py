@@ -232,7 +232,7 @@ def test_what_is_logged_and_printed_of_adapters_is_there(name):
 
 @pytest.mark.parametrize("name", EVALUATION)
 def test_an_exam_of_ones_own_end_to_end(name, workplace, monkeypatch, capsys):
-    """Task, rows, metric and the test of a difference, as docs/evaluation.md shows them."""
+    """Task, rows, metric and the comparison of results, as docs/evaluation.md shows them."""
     for file in re.findall(r"```(?:toml|python)\n(.*?)```", text(name), flags=re.S):
         (workplace / file.partition("\n")[0].removeprefix("# ")).write_text(file, encoding="utf-8")
     (rows,) = re.findall(r"```json\n(.*?)```", text(name), flags=re.S)
@@ -245,8 +245,9 @@ def test_an_exam_of_ones_own_end_to_end(name, workplace, monkeypatch, capsys):
     shown = capsys.readouterr().out
     for figure in ("my_exam/acc ", "my_exam/acc_norm ", "my_sums/own "):
         assert figure in shown
-    exec((workplace / "paired.py").read_text(encoding="utf-8"), {})
-    assert capsys.readouterr().out.startswith("p = 1.0\n")  # both are one model
+    compared = next(line for line in itertools.chain(*blocks(name)) if line.startswith("tunelet compare results/exam"))
+    run(compared, monkeypatch)
+    assert "my_exam acc_norm (3)" in capsys.readouterr().out  # both are one model, and three items tell nothing
 
 
 @pytest.mark.parametrize("name", EVALUATION)

@@ -33,15 +33,17 @@ MAY: dict[str, set[str]] = {
     "evals": BOTTOM | {"data", "models", "methods", "infer", "runs"},
     "train": BOTTOM | {"data", "models", "methods", "infer", "evals", "runs", "machine"},
     "machine": BOTTOM | {"models", "runs"},
-    "domain": {"errors", "runs", "data"},
+    "domain": {"errors", "runs", "data", "infer"},
+    "serve": {"errors", "data", "models", "infer", "runs"},
     "stages": {"errors", "recipe", "recipe_io", "runs"},
-    "align": BOTTOM | {"stages", "data", "models", "methods", "infer", "evals", "train", "runs"},
+    "gates": {"errors", "recipe", "starter", "data", "evals", "runs"},
+    "align": BOTTOM | {"gates", "stages", "data", "models", "methods", "infer", "evals", "train", "runs"},
     "sweep_grid": {"errors", "recipe", "recipe_io", "recipe_text"},
     "sweep_judge": {"errors", "align", "runs"},
     "sweep": BOTTOM | {"sweep_grid", "sweep_judge", "stages", "align", "models", "train", "runs"},
     "commands": BOTTOM
     | {"stages", "data", "models", "methods", "infer", "evals", "train", "runs", "align", "machine"}
-    | {"sweep", "sweep_grid", "domain"},
+    | {"sweep", "sweep_grid", "domain", "serve"},
     "cli": BOTTOM | {"commands"},
     "__main__": {"cli"},
 }

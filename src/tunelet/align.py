@@ -8,15 +8,16 @@ and is not done again: the same command after a crash goes on where it was.
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunelet import stages
+from tunelet import gates, stages
 from tunelet.errors import TuneletError
-from tunelet.evals import preference
+from tunelet.evals import preference, prompted
 from tunelet.recipe import Recipe
 from tunelet.runs import record, report
 from tunelet.runs.record import Run
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
 SUMMARY = "summary.json"
 TRAINING = "training.json"  # written when the tuned model is saved
-ANSWERED_ROWS = 32  # held-out rows a model is asked where the starter's graded items do not apply
 
 METRICS = {
     "executed_match_en": "commands done as asked, English",
@@ -56,8 +56,8 @@ def align(
     """Run the whole of it in folder `out`, and return the summary (also in summary.json).
 
     Keys: before, after_sft, after ({metric: {"value", "low", "high", "n"}}), seconds, peak_mb, energy_wh, energy_kind,
-    run, report. Goes on with an unfinished run of the same recipe in `out`; a finished one is only shown again.
-    Raises TuneletError for a user's mistake, before anything is written where the data is at fault.
+    run, report, gate (gates.py). Goes on with an unfinished run of the same recipe in `out`; a finished one is only
+    shown again. Raises TuneletError for a user's mistake, before anything is written where the data is at fault.
     """
     if console is None:
         from rich.console import Console
@@ -67,7 +67,8 @@ def align(
     todo = stages.of(recipe, origins or {}, out)
     if not record.is_run(out) or Run.open(out).status != "finished":
         later = _later(todo, console)
-        held = Held()
+        first = todo[0].recipe
+        held = Held(home="starter" in (first.model.path, *first.data.train))
         for number, stage in enumerate(todo, 1):
             if len(todo) > 1:
                 told = f"Stage {number} of {len(todo)}: {stage.recipe.method.name}"
@@ -104,12 +105,15 @@ def align(
 @dataclass(frozen=True)
 class Held:
     """What models are measured on, the same at every stage: held-out rows of the first stage that has answers to learn,
-    pairs of the first that compares some, and the examples behind both."""
+    pairs of the first that compares some, the examples behind both, and training rows that a prompt may show in `pool`.
+    home: the starter's model or texts are what is tuned."""
 
     rows: tuple[Tokens, ...] = ()
     pairs: tuple[Tokens, ...] = ()
     examples: tuple[Example, ...] = ()
+    pool: tuple[Example, ...] = ()
     starter: bool = False
+    home: bool = False
 
     def joined(self, *stages_: Prepared) -> Held:
         """With what further stages have beside."""
@@ -123,7 +127,9 @@ class Held:
                 out.rows or rows,
                 out.pairs or pairs,
                 out.examples or tuple(prepared.eval_examples),
+                out.pool or tuple(filter(prompted.turns, prepared.train_examples)),
                 out.starter or prepared.starter,
+                out.home,
             )
         return out
 
@@ -162,13 +168,16 @@ def _steps(run: Run, recipe: Recipe, prepared: Prepared, held: Held, before: Seq
         last = Run.open(before[-1])
         run.write_text("eval/before.jsonl", (last.folder / "eval/after.jsonl").read_text(encoding="utf-8"))
         run.write_json("eval/before.json", last.read_json("eval/after.json"))
-    elif recipe.model.path and run.read_json("eval/before.json") is None:
-        with energy.metered(run, "before", choice.device):
-            model = training.load_for_training(recipe, prepared, choice)
-            # the model as it was: adapters begin as an addition of zero, but for new virtual tokens
-            new = not (load.resolve(recipe.model.path) / "adapter_config.json").is_file()
-            with virtual.switched_off(model) if new else contextlib.nullcontext():
-                _evaluate(run, "before", model, recipe, prepared, held, console)
+    elif recipe.model.path and run.read_json(TRAINING) is None:
+        todo = [name for name in ("before",) if run.read_json("eval/before.json") is None]
+        todo += ["prompting"] if gates.missing(run, recipe, held) else []
+        for part in todo:
+            with energy.metered(run, part, choice.device):
+                model = model or training.load_for_training(recipe, prepared, choice)
+                # the model as it was: adapters begin as an addition of zero, but for new virtual tokens
+                new = not (load.resolve(recipe.model.path) / "adapter_config.json").is_file()
+                with virtual.switched_off(model) if new else contextlib.nullcontext():
+                    (_evaluate if part == "before" else _prompt)(run, part, model, recipe, prepared, held, console)
     if run.read_json(TRAINING) is None:
         trained = training.train_and_save(recipe, run, prepared, model, choice, console)
         run.write_json(TRAINING, training.figures(trained))
@@ -200,6 +209,7 @@ def _finish(run: Run, before: Sequence[Path], peak_mb: float | None) -> None:
         "peak_mb": max(peaks) if peaks else None,
         "energy_wh": sum(one["energy_wh"] for one in spent),
         "energy_kind": "measured" if all(one["kind"] == "measured" for one in spent) else "estimated",
+        "gate": gates.verdict(runs[0], run),
         "stages": [one.recipe().method.name for one in runs],
         "run": str(run.folder),
         "report": str(run.folder / report.NAME),
@@ -237,7 +247,7 @@ def _evaluate(
             engine,
             held.examples,
             prompts=recipe.eval.prompts if recipe.method.name != "pretrain" else (),
-            rows=0 if answers else ANSWERED_ROWS,
+            rows=0 if answers else gates.rows_asked(recipe, prepared.tokenizer, held),
             progress=progress,
             **options,
         )
@@ -249,10 +259,22 @@ def _evaluate(
         metrics["held_out_loss"] = loss
     if held.pairs:
         metrics |= preference.accuracy(model, held.pairs)
+    gates.beside(run, name, engine, recipe, held)
     run.write_jsonl(f"eval/{name}.jsonl", [*answers, *asked])
     seconds = round(time.monotonic() - started, 3)
     run.write_json(f"eval/{name}.json", {"metrics": metrics, "answers": len(answers) + len(asked), "seconds": seconds})
     console.print(f"{what}: {_line(metrics)}  ({duration(seconds)})", markup=False, highlight=False)
+
+
+def _prompt(run: Run, _: str, model: Any, recipe: Recipe, prepared: Prepared, held: Held, console: Console) -> None:
+    """Ask the untuned model by prompts, as far as that is not done."""
+    from tunelet.infer.engine import TorchEngine
+
+    engine = TorchEngine(model, prepared.tokenizer, prepared.renderer)
+    answering = functools.partial(_answering, console)
+    for words, told in gates.ask(run, engine, recipe, held, _room(engine, recipe), answering):
+        line = f"{words}: {_line(told['metrics'])}  ({duration(told['seconds'])})"
+        console.print(line, markup=False, highlight=False)
 
 
 def _room(engine: Any, recipe: Recipe) -> int:
@@ -293,10 +315,21 @@ def show(summary: Mapping[str, Any], run: Run, console: Console) -> None:
     peak = f"{summary['peak_mb']:.0f} MB" if summary["peak_mb"] else "not known"
     took = f"{duration(summary['seconds'])}, at most {peak} of memory, {energy.label(spent)}"
     console.print(f"In brackets: 95 % intervals. Took {took}.", markup=False, highlight=False)
+    _show_gate(summary.get("gate"), console)
     saved = run.model_folder()
     if saved is not None:
         console.print(f"Talk with it: tunelet chat {run.folder}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"Report: {summary['report']}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _show_gate(gate: Mapping[str, Any] | None, console: Console) -> None:
+    """A line on prompting and one on forgetting; the words say what the colour does."""
+    if not gate:
+        return
+    style = {True: "green", False: "bold red", None: ""}[gate["beats_prompting"]]
+    console.print(gate["text"], style=style, markup=False, highlight=False)
+    if said := gate["forgetting"]["text"]:
+        console.print(said, style="yellow" if gate["forgetting"]["worse"] else "", markup=False, highlight=False)
 
 
 def _cell(name: str, figure: Mapping[str, Any] | None) -> str:

@@ -95,6 +95,8 @@ INITS = {
     "prompt": ("random", "vocabulary", "text"),
     "prefix": ("random", "vocabulary", "text"),
 }
+# Which keys of [eval] are read only where prompts are asked.
+BASELINE_KEYS = ("shots", "baseline_items", "instruction")
 PREFERENCE = ("dpo", "orpo", "simpo", "kto")
 REFERENCED = ("dpo", "kto")
 
@@ -234,6 +236,23 @@ class EvalSection(Section):
     batch_size: int = Field(128, ge=1, description="prompts answered at the same time")
     prompts: Strings = Field(
         default_factory=list, description="fixed prompts answered before and after; empty: drawn from the held-out rows"
+    )
+    baselines: bool = Field(
+        True,
+        description="align: hold the tuned model against zero-shot and few-shot prompts of the model it starts from",
+    )
+    shots: int = Field(5, ge=1, description="training rows that the few-shot prompt shows as examples")
+    baseline_items: int = Field(
+        100,
+        ge=1,
+        description="starter: held-out commands per language that prompts are asked, and as large a part of the rest; "
+        "else held-out rows",
+    )
+    instruction: str = Field(
+        "", description="what prompts say of the task; '': the system message that most training rows share"
+    )
+    forgetting: bool = Field(
+        True, description="align: measure general texts and questions before and after, and warn of what got worse"
     )
 
 

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from tunelet.errors import TuneletError
-from tunelet.recipe import ADAPTER_KEYS, INITS, METHOD_KEYS, Recipe, Section
+from tunelet.recipe import ADAPTER_KEYS, BASELINE_KEYS, INITS, METHOD_KEYS, Recipe, Section
 from tunelet.recipe_names import suggest
 
 SHIPPED = Path(__file__).parent / "recipes"  # an installed wheel has them here ...
@@ -317,8 +317,15 @@ def _check(recipe: Recipe, wheres: Mapping[str, str], shown: str) -> None:
     for section, useless, why, fix in (
         ("adapter", recipe.adapter.kind == "none", "adapter.kind is 'none'", "add --adapter lora, or leave it out"),
         ("tokenizer", bool(model.path), "the model brings its tokenizer", "leave it out, or start from random weights"),
+        (
+            "eval",
+            not recipe.eval.baselines,
+            "eval.baselines is false, so that no prompt is asked",
+            "leave one of the two out",
+        ),
     ):
         given = [key for key, info in fields().items() if key.startswith(f"{section}.") and key in wheres
+                 and (section != "eval" or key.rpartition(".")[2] in BASELINE_KEYS)
                  and _get(recipe, key) != info.get_default(call_default_factory=True)]  # fmt: skip
         if useless and given:
             raise TuneletError(f"{wheres[given[0]]}: {given[0]} has no effect", why=why, fix=fix)

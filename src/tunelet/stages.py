@@ -13,8 +13,10 @@ from pathlib import Path
 
 from tunelet import recipe_io
 from tunelet.errors import TuneletError
-from tunelet.recipe import Recipe
+from tunelet.recipe import BASELINE_KEYS, Recipe
 from tunelet.runs.record import STAGES, Run, is_run
+
+GATES = ("baselines", "forgetting", *BASELINE_KEYS)  # keys of [eval]: one verdict over all stages
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,9 @@ def of(recipe: Recipe, origins: Mapping[str, str], out: Path) -> list[Stage]:
             for key in ("device", "dtype", "threads", "trust_remote_code", "chat_template"):
                 if where.get(f"model.{key}", "default") == "default":  # what was asked of the first holds for all
                     setattr(made.model, key, getattr(recipe.model, key))
+            for key in GATES:
+                if where.get(f"eval.{key}", "default") == "default":
+                    setattr(made.eval, key, getattr(recipe.eval, key))
             where["model.path"] = "the stage before"
             _go_on_with_adapter(out_stages[-1].recipe, made, where)
         out_stages.append(Stage(made, where, folder))

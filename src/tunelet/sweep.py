@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from tunelet import stages, sweep_judge
 from tunelet.align import align
 from tunelet.errors import TuneletError
+from tunelet.recipe import BASELINE_KEYS, EvalSection, Recipe
 from tunelet.runs import lock, sweep_page
 from tunelet.runs.files import LOCK, TEMPORARY, disk, finite, write_atomically
 from tunelet.runs.record import Run, is_run
@@ -244,7 +245,8 @@ def _run_all(todo: Sequence[tuple[Cell, Told]], told: Told, out: Path, console: 
         words = f"Cell {number} of {len(todo)}: {one['name']}"
         console.print(words, style="bold", markup=False, highlight=False)
         try:
-            align(cell.recipe, out / one["folder"], console, origins=cell.origins)
+            recipe, origins = unprompted(cell)
+            align(recipe, out / one["folder"], console, origins=origins)
             one |= {"state": FINISHED, "figures": sweep_judge.figures(out / one["folder"], one["predicted"])}
         except (TuneletError, MemoryError) as error:
             if isinstance(error, TuneletError) and error.exit_code == Stopped.exit_code:
@@ -253,6 +255,19 @@ def _run_all(todo: Sequence[tuple[Cell, Told]], told: Told, out: Path, console: 
             console.print(f"Failed: {one['name']}: {one['why']}", style="red", markup=False, highlight=False)
         _write(told, out)
         gc.collect()  # models of finished cells, held in circles, would count as the next one's memory
+
+
+def unprompted(cell: Cell) -> tuple[Recipe, dict[str, str]]:
+    """A cell's recipe and origins, without prompts of the start model: cells are held against each other, and the
+    prompts would be the same in each. Where eval.baselines is asked for they stay."""
+    recipe, origins = cell.recipe.model_copy(deep=True), dict(cell.origins)
+    if origins.get("eval.baselines", "default") == "default":
+        recipe.eval.baselines = False
+        origins["eval.baselines"] = "off in a sweep"
+        for key in BASELINE_KEYS:  # which nobody reads then
+            setattr(recipe.eval, key, EvalSection.model_fields[key].default)
+            origins[f"eval.{key}"] = "default"
+    return recipe, origins
 
 
 def _stopped(told: Told, out: Path, why: str) -> Stopped:

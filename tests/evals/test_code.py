@@ -37,7 +37,7 @@ def humaneval(shared: Path) -> list[dict]:
 def test_canonical_solutions_pass(shared):
     rows = humaneval(shared)
     failed = {}
-    for row in rows:
+    for row in rows[::4]:  # all of them: test_code_task.py
         verdict = go(code.humaneval(row, row["canonical_solution"]), seconds=20)
         if not verdict.passed:
             failed[row["task_id"]] = verdict.why

@@ -3,6 +3,7 @@ scores on the same models are ours to 1e-3. Skips where lm-eval is not installed
 
 from __future__ import annotations
 
+import ast
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ from lm_eval import evaluator  # noqa: E402
 from lm_eval.api.task import ConfigurableTask  # noqa: E402
 from lm_eval.tasks._yaml_loader import load_yaml  # noqa: E402
 
-from tunelet.evals import prompts, suite, task_plan  # noqa: E402
+from tunelet.evals import prompts, suite, task_plan, tasks  # noqa: E402
 
 THEIRS = Path(lm_eval.__file__).parent / "tasks"
 FILES = {
@@ -207,6 +208,28 @@ def test_prompts_of_gsm8k(shared):
     same_prompts(suite.prepare(["gsm8k"], [file, f"{shared}/inst-gsm8k/./gsm8k_train.jsonl"], limit=40))
 
 
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [("humaneval", "humaneval/humaneval"), ("humaneval_64", "humaneval/humaneval_64"), ("mbpp", "mbpp/mbpp")],
+)
+def test_programs_are_asked_for_in_the_same_words(name, file):
+    """The definitions alone: loading lm-eval's fetches a metric from the hub."""
+    theirs, ours = load_yaml(THEIRS / f"{file}.yaml", resolve_func=False), tasks.load(name).task
+    wanted = theirs["generation_kwargs"]
+    assert (ours.prompt, ours.answer) == (theirs["doc_to_text"], theirs["doc_to_target"])
+    assert list(ours.stop) == wanted["until"] and ours.delimiter == theirs.get("target_delimiter", " ")
+    assert ours.max_new_tokens == wanted.get("max_gen_toks", 256) and ours.fewshot.number == theirs["num_fewshot"]
+    assert (ours.temperature, ours.top_p) == (wanted.get("temperature", 0), wanted.get("top_p", 1))
+    assert ours.repeats == theirs.get("repeats", 1) and list(ours.ks) == theirs["metric_list"][0].get("k", [1])
+
+
+def test_examples_of_mbpp_are_the_same():
+    tree = ast.parse((THEIRS / "mbpp" / "utils.py").read_text(encoding="utf-8"))
+    (function,) = (node for node in tree.body if getattr(node, "name", "") == "list_fewshot_samples")
+    (returned,) = (node for node in ast.walk(function) if isinstance(node, ast.Return))
+    assert list(tasks.load("mbpp").task.fewshot.examples) == ast.literal_eval(returned.value)
+
+
 # The scores --------------------------------------------------------------------------------------------------------
 
 
@@ -298,6 +321,30 @@ def test_scores_of_a_local_file(both, tmp_path):
     )
     for shots in (0, 2):
         same_scores(both, suite.prepare([str(tmp_path / "lamps.toml")], num_fewshot=shots))
+
+
+def test_its_files_are_read_and_compared_with_ours(both, shared, tmp_path):
+    """lm-eval's own writer, with samples; the same model twice is the same on every item."""
+    from lm_eval.loggers import EvaluationTracker
+
+    from tunelet.evals import outputs, versus
+
+    ours, lm = both
+    rows = str(shared / "eval-kobest" / "COPA_dev.tsv")
+    plan = suite.prepare(["kobest_copa"], [rows, rows], num_fewshot=0, limit=12)
+    suite.write(suite.run(ours, plan, prompts.Style()), tmp_path / "ours")
+    found = evaluator.evaluate(lm=lm, task_dict={"kobest_copa": theirs(plan.tasks[0])}, bootstrap_iters=0)
+    samples = found.pop("samples")
+    tracker = EvaluationTracker(output_path=str(tmp_path / "theirs"))
+    tracker.general_config_tracker.model_name_sanitized = "a__model"
+    tracker.save_results_aggregated(results=found, samples=samples)
+    tracker.save_results_samples(task_name="kobest_copa", samples=samples["kobest_copa"])
+    read = [outputs.read(tmp_path / name) for name in ("ours", "theirs")]
+    tests, untested = versus.compare(*read)
+    assert {(test.metric, test.n) for test in tests} == {("acc", 12), ("f1", 12)} and untested == []
+    assert all(test.first == pytest.approx(test.second) and test.p == 1.0 for test in tests)
+    again, _ = versus.compare(read[1], read[1])
+    assert [test.p for test in again] == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("name", ["winogrande", "truthfulqa_mc2", "hellaswag"])

@@ -113,12 +113,14 @@ def test_own_pairs_and_a_judge(capsys, tmp_path, tiny_model_folder, other_model_
     assert told["metrics"]["preference_accuracy"]["value"] == hits / 9
     both = ["--against", other_model_folder, "--judge", other_model_folder, "--max-new-tokens", 6]
     told, err = evaluate(capsys, tiny_model_folder, "--data", file, *both)
-    assert {"win_rate", "win_rate_length_controlled", "judge_position_flips"} <= set(told["metrics"])
+    assert {"win_rate", "win_rate_length_controlled", "judge_consistency"} <= set(told["metrics"])
     assert told["metrics"]["win_rate"]["n"] == 8 == len(told["compared"]), "a prompt that stands twice is asked once"
     won = [row["won"] for row in told["compared"]]
     assert set(won) == {0, 0.5, 1}
     assert told["metrics"]["win_rate"]["value"] == sum(won) / 8
-    assert told["metrics"]["judge_position_flips"]["value"] == sum(row["flipped"] for row in told["compared"]) / 8
+    assert told["metrics"]["judge_consistency"]["value"] == sum(row["consistent"] for row in told["compared"]) / 8
+    assert 0 <= told["metrics"]["judge_first_place"]["p"] <= 1 and "judge_unparsed" not in told["metrics"]
+    assert all(set(row["verdicts"]) <= {"A", "B", "C"} and len(row["verdicts"]) == 2 for row in told["compared"])
     lengths = [sum(len(row[side]) for row in told["compared"]) / 8 for side in ("answer", "against")]
     assert told["metrics"]["answer_characters"]["value"] == pytest.approx(lengths[0])
     assert told["metrics"]["answer_characters_against"]["value"] == pytest.approx(lengths[1])
@@ -135,8 +137,8 @@ def test_the_starter_is_graded(capsys, tiny_model_folder):
         capsys, tiny_model_folder, "--limit", 6, "--against", tiny_model_folder, "--items", 2, "--max-new-tokens", 3
     )
     assert told["metrics"]["preference_accuracy"]["n"] == 6
-    assert told["metrics"]["win_rate"]["value"] == 0.5 and "judge_position_flips" not in told["metrics"]
-    assert told["judge"] == "the starter's grading" and told["compared"][0]["flipped"] is None
+    assert told["metrics"]["win_rate"]["value"] == 0.5 and "judge_consistency" not in told["metrics"]
+    assert told["judge"] == "the starter's grading" and told["compared"][0]["consistent"] is None
     assert 0 < told["metrics"]["win_rate"]["low"] < 0.5, "a few ties do not prove that the two are alike"
     assert "Wins 0" in err
 

@@ -58,3 +58,19 @@ def test_seeds(seed):
     assert one == draw(Sampling(temperature=1.0, seed=seed), [0.0] * 50, 8).tolist()
     assert one != draw(Sampling(temperature=1.0, seed=seed + 1), [0.0] * 50, 8).tolist()
     assert len(set(one)) > 1
+
+
+@pytest.mark.parametrize("spread", [0.05, 1.0, 4.0])
+@pytest.mark.parametrize("cut", [{}, {"top_p": 0.9}, {"top_p": 0.3}, {"top_k": 40}, {"top_k": 700, "top_p": 0.95}])
+def test_a_draw_among_the_likeliest_is_the_draw_among_all(monkeypatch, spread, cut):
+    """Flat and peaked distributions over 3,000 tokens: looking at few of them first changes nothing."""
+    logits = torch.randn(50, 3000, generator=torch.Generator().manual_seed(1)) * spread
+    rows = range(50)
+
+    def drawn():
+        sampler = Sampler(Sampling(temperature=0.8, seed=5, **cut), [[0]] * 50, rows, logits.device)
+        return [sampler.pick(logits).tolist() for _ in range(4)]
+
+    narrow = drawn()
+    monkeypatch.setattr("tunelet.infer.sampling.NARROW", 10_000)
+    assert drawn() == narrow

@@ -1,6 +1,7 @@
 """The verb compare: finished runs side by side, and tests of what they answered to the same items.
 
-Not for reading runs (runs/compare.py) and not for the tests (evals/paired.py).
+Not for what `eval --out` wrote (compare_results.py), for reading runs (runs/compare.py) or for the tests
+(evals/paired.py).
 """
 
 from __future__ import annotations
@@ -22,7 +23,13 @@ NOTE = (
 
 
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN_A RUN_B ...", help="Folders of finished runs.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN_A RUN_B ...",
+            help="Folders of finished runs; or results of tunelet eval --out (or lm-eval): their folders or files.",
+        ),
+    ],
     json_to: Json = None,
 ) -> None:
     """Finished runs side by side: what each was, took and reached, and which settings differ.
@@ -30,6 +37,9 @@ def compare(
     Where they answered the same items (tunelet align), every run is tested against the first one: McNemar's exact test
     with Holm's correction, the difference with its 95 % interval, and how many items would show a difference of that
     size in 80 % of all trials.
+
+    Results of tunelet eval --out are compared task by task over the items that both have: McNemar's test, or for other
+    figures a paired bootstrap and a test by swapping, with Holm's correction over the tasks.
     """
     console = open_console(json_to)
     if len(runs) < 2 or len({run.resolve() for run in runs}) < len(runs):
@@ -37,6 +47,11 @@ def compare(
         raise TuneletError(
             f"compare: {given}, and it takes at least two different ones", fix="tunelet compare RUN_A RUN_B"
         )
+    from tunelet.commands import compare_results
+
+    if compare_results.kinds(runs):
+        compare_results.compare(runs, console, json_to)
+        return
     from tunelet.evals import paired
     from tunelet.runs import compare as facts
 

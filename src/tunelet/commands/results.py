@@ -6,11 +6,13 @@ Not for runs side by side (compare.py).
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tunelet.commands import judging
 from tunelet.commands import tasks as benchmarks
 from tunelet.commands.common import (
     Adapters,
@@ -26,7 +28,7 @@ from tunelet.commands.common import (
     column_map,
     open_console,
     open_engine,
-    open_tokenizer,
+    print_wrapped,
     write_json,
 )
 from tunelet.errors import TuneletError
@@ -38,6 +40,7 @@ TASKS = {
     "starter": "held-out requests of the shipped smart home, answered and run",
     "held_out": "loss and stop rate on your own rows (--data)",
     "preference": "how often the better of two answers is the more probable one",
+    **judging.TASKS,
 }
 RunOrModel = Annotated[
     str | None,
@@ -61,6 +64,8 @@ def evaluate(
             help="starter: does it do what is asked? held_out: loss and stop rate on --data. "
             "preference: of pairs of answers (--data, else the starter's), how often is the better one more probable? "
             "By the sum over its tokens, which favours short answers, and by their mean. "
+            "score, mt_bench: how good are the answers to --data, by --judge? "
+            "judge: does the model itself, or URL#MODEL, judge the pairs of --data as people did? "
             "Benchmarks (--tasks lists them) and tasks of your own: a name or a file, repeat for more. "
             "Default: held_out with --data, else starter.",
         ),
@@ -71,8 +76,8 @@ def evaluate(
         typer.Option(
             "--data",
             metavar="D",
-            help="held_out, preference: rows kept from training. Benchmarks: a folder or file for the hub's rows, a "
-            "second file for the examples'.",
+            help="held_out, preference, score, judge: rows kept from training. Benchmarks: a folder or file for the "
+            "hub's rows, a second file for the examples'. mt_bench: the same, for questions and references.",
         ),
     ] = None,
     num_fewshot: Annotated[
@@ -92,6 +97,7 @@ def evaluate(
         Path | None,
         typer.Option(metavar="DIR", help="Benchmarks: write results and items there, in lm-eval's layout."),
     ] = None,
+    run_code: benchmarks.RunCode = False,
     against: Annotated[
         str | None,
         typer.Option(
@@ -103,9 +109,17 @@ def evaluate(
     judge: Annotated[
         str | None,
         typer.Option(
-            metavar="MODEL",
-            help="--against: a model that is asked which of two answers is better, in both orders; a tie where they "
-            "disagree.",
+            metavar="MODEL_OR_URL",
+            help="A model, or URL#MODEL of an OpenAI-compatible server, that judges answers. --against: which of two "
+            "is better, in both orders; a tie where they disagree. score, mt_bench: how good one is.",
+        ),
+    ] = None,
+    rubric: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="score, mt_bench: what the judge rates: a text, or a .toml with criteria and scale = [1, 5]. "
+            "Default: is it right, helpful, to the point, from 1 to 10.",
         ),
     ] = None,
     want: Annotated[str, typer.Option(metavar="KIND", help="held_out: rows are chat or text.")] = "chat",
@@ -114,9 +128,7 @@ def evaluate(
     ] = 500,
     limit: Annotated[
         int | None,
-        typer.Option(
-            min=0, metavar="N", help="The first so many rows; 0: all. Default: held_out, preference: 200; others: all."
-        ),
+        typer.Option(min=0, metavar="N", help="The first so many rows; 0: all. Default: benchmarks: all; others: 200."),
     ] = None,
     max_length: Annotated[
         int, typer.Option(min=8, metavar="N", help="held_out, preference: tokens of a row; longer ones are cut.")
@@ -125,7 +137,8 @@ def evaluate(
         int, typer.Option(min=1, metavar="N", help="Prompts answered, or scored, at the same time.")
     ] = 64,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Longest answer, in tokens. Default: 128.")
+        int | None,
+        typer.Option(min=1, metavar="N", help="Longest answer, in tokens. Default: 128; score, mt_bench: 1024."),
     ] = None,
     seed: Annotated[
         int | None,
@@ -145,8 +158,7 @@ def evaluate(
     """Score a model or a run; every figure with its 95 % interval."""
     console = open_console(json_to)
     if tasks:
-        benchmarks.listed(console, TASKS, json_to)
-        return
+        return benchmarks.listed(console, TASKS, json_to)
     opening = {"device": device, "dtype": dtype, "trust": trust}
 
     def opened() -> Any:
@@ -155,6 +167,7 @@ def evaluate(
     asked = task or ["held_out" if data else "starter"]
     if not set(asked) & set(TASKS):
         benchmarks.check_length(max_new_tokens)
+        judging.check(asked[0], False, against, judge, rubric)
         started = time.monotonic()
         found = benchmarks.evaluate(
             asked,
@@ -171,30 +184,37 @@ def evaluate(
             seed=seed,
             batch_size=batch_size,
             out=out,
+            run_code=run_code,
             others=list(TASKS),
         )
         write_json({"model": model, "task": asked, **found, "seconds": time.monotonic() - started}, json_to)
         return
-    _check_alone(asked, num_fewshot, subset, chat, system, out)
+    _check_alone(asked, num_fewshot, subset, chat, system, out, run_code)
     task, limit, seed = asked[0], 200 if limit is None else limit, seed or 0
     choice_of("--want", want, ("chat", "text"))
     if task == "held_out" and not data:
         raise TuneletError("--task held_out: which rows?", fix="name rows that were not trained on: --data FILE")
     if task == "starter" and data:
         raise TuneletError("--task starter has its own items", fix="leave out --data, or take --task held_out")
-    names, wanted = (data or ["starter"], "preference") if task == "preference" else (data, want)
+    pairs, scored = task in ("preference", "judge"), task in ("score", "mt_bench")
+    names, wanted = (data or ["starter"], "preference") if pairs else (data, want)
     on_starter = names == ["starter"]
-    _check_against(task, on_starter, against, judge)
+    judging.check(task, on_starter, against, judge, rubric)
     # mistakes in what is read show before a model is loaded
-    loaded = _rows(names, wanted, columns, limit, seed) if names else []
-    if task == "preference":
+    if scored:
+        loaded, rated = judging.questions(task, data, columns, limit, seed, rubric)
+    else:
+        loaded = _rows(names, wanted, columns, limit, seed) if names else []
+    remote = judging.remote(task, model, adapter, batch_size, console)
+    if task == "preference" or scored:
         for name in (model, against):
             if name:
-                _check_template(name, template)
+                judging.check_template(name, template)
     if judge:
-        open_tokenizer(judge)
+        open_judge = judging.judge_of(judge, opening, batch_size, console)
     started = time.monotonic()
-    answering = {"max_new_tokens": max_new_tokens or 128, "batch_size": batch_size}
+    answering = {"max_new_tokens": max_new_tokens or (judging.ANSWER_TOKENS if scored else 128)}
+    answering["batch_size"] = batch_size
 
     def starter_items(engine: Any, what: str = "Answering") -> Any:
         from tunelet.evals import starter
@@ -212,30 +232,40 @@ def evaluate(
             once = list({repr(example.prompt): example for example in loaded}.values())
             return winrate.answers(engine, once, progress=progress, **answering)
 
-    engine = opened()
+    engine = None if remote else opened()
     figures: dict[str, Any] = {"model": model, "task": task}
     if adapter:
         figures |= {"adapters": list(engine.names), "used": engine.used}
     if task == "starter":
-        scored = starter_items(engine)
-        metrics, answered = scored.metrics, scored.items
+        graded = starter_items(engine)
+        metrics, answered = graded.metrics, graded.items
     elif task == "held_out":
         metrics, answered = _held_out(engine, loaded, max_length, **answering)
+    elif task == "judge":
+        metrics, answered, figures["notes"] = judging.agreement(
+            remote or judging.local(engine, model or engine.used), loaded, seed, console
+        )
+    elif scored:
+        answered = judging.answers(engine, loaded, console, **answering)
+        del engine  # one model in memory at a time
+        metrics, answered, figures["notes"] = judging.scores(open_judge(), answered, rated, seed, console)
+        figures |= {"judge": judge, "rubric": asdict(rated)}
     else:
         metrics, answered = _pairs(engine, names, loaded, max_length, console)
     if against:
         first = answers(engine, model or engine.used)
         del engine  # one model in memory at a time
         second = answers(open_engine(against, template=template, **opening), against)
-        asked = open_engine(judge, template=None, **opening) if judge else None
-        more, compared = _versus(first, second, asked, seed, console)
+        more, compared = judging.versus(first, second, open_judge() if judge else None, seed, console)
         metrics |= more
-        figures |= {"against": against, "judge": judge or "the starter's grading", "compared": compared}
+        figures |= {"against": against, "judge": judge or "the starter's grading", **compared}
     width = max(20, *map(len, metrics))
     for name, found in metrics.items():
         console.print(
             f"{name:<{width}} {found['value']:8.3f}   {found['low']:.3f} to {found['high']:.3f}   n = {found['n']}"
         )
+    for note in figures.get("notes", []):
+        print_wrapped(console, note, "yellow")
     write_json(figures | {"metrics": metrics, "seconds": time.monotonic() - started, "items": answered}, json_to)
 
 
@@ -245,36 +275,10 @@ def _check_alone(asked: list[str], *only_for_benchmarks: Any) -> None:
             f"--task {', '.join(asked)}: {next(name for name in asked if name in TASKS)} is scored alone",
             fix="give it a command of its own; benchmarks may stand together",
         )
-    flags = ("--num-fewshot", "--subset", "--chat", "--system", "--out")
+    flags = ("--num-fewshot", "--subset", "--chat", "--system", "--out", "--run-code")
     for flag, given in zip(flags, only_for_benchmarks, strict=True):
         if given not in (None, False, "", []):
             raise TuneletError(f"{flag} is for benchmarks, not for --task {asked[0]}", fix="leave it out")
-
-
-def _check_against(task: str, on_starter: bool, against: str | None, judge: str | None) -> None:
-    if against and task != "preference":
-        raise TuneletError(
-            f"--against goes with --task preference, not {task}", fix="--task preference, or leave it out"
-        )
-    if judge and not against:
-        raise TuneletError("--judge: between whose answers?", fix="name the other model or run: --against MODEL_OR_RUN")
-    if against and not (on_starter or judge):
-        raise TuneletError(
-            f"--against {against}: who says which answer is better?",
-            why="your own data cannot be graded by running it, as the starter's can",
-            fix="name a model that judges: --judge MODEL (the larger, the better), or leave out --data",
-        )
-
-
-def _check_template(model: str, template: str | None) -> None:
-    """Raises TuneletError where a model cannot be asked anything, by its name: there may be several."""
-    from tunelet.data.examples import Message
-
-    renderer = open_tokenizer(model, template)[1]
-    try:
-        renderer.string([Message("user", "Hi")])
-    except TuneletError as error:
-        raise TuneletError(f"{model}: {error.what}", why=error.why, fix=error.fix) from None
 
 
 def _rows(data: list[str], want: str, columns: list[str] | None, limit: int, seed: int) -> list[Any]:
@@ -342,47 +346,6 @@ def _pairs(
         for row, (chosen, rejected) in zip(rows, found, strict=True)
     ]
     return preference.metrics(found), items
-
-
-def _versus(
-    first: list[Any], second: list[Any], judge: Any, seed: int, console: Console
-) -> tuple[dict[str, Any], list[Any]]:
-    """Metrics of the first answers against the second ones, and each pair with its judgement. judge: an engine; None:
-    the answers are graded."""
-    from tunelet.evals import judge as judging
-    from tunelet.evals import stats, winrate
-
-    both = [(a, b) for a, b in zip(first, second, strict=True) if a and b]
-    answers = [[of["answer"] for of in side] for side in zip(*both, strict=True)] or [[], []]
-    if judge:
-        with bar(console, "Judging") as progress:
-            said = judging.ask(judge, [a["messages"] for a, _ in both], *answers, progress=progress)
-    else:
-        said = [judging.by_grade(a, b) for a, b in both]
-    kept = [place for place, judgement in enumerate(said) if judgement]
-    if lost := len(first) - len(kept):
-        console.print(f"{lost} of {len(first)} prompts left out: too long for a model, or for the judge.", markup=False)
-    if not kept:
-        raise TuneletError(
-            "no prompt is left to compare answers on",
-            why="with their answers they are longer than a model, or the judge, reads",
-            fix="a smaller --max-new-tokens, shorter prompts, or models that read further",
-        )
-    said, both = [said[place] for place in kept], [both[place] for place in kept]
-    won = [judgement.won for judgement in said]
-    metrics = winrate.metrics(won, *([side[place] for place in kept] for side in answers), seed=seed)
-    asked = [judgement.flipped for judgement in said if judgement.flipped is not None]
-    if asked:
-        metrics["judge_position_flips"] = stats.wilson(sum(asked), len(asked)).as_dict()
-    console.print(f"Wins {won.count(1)}, ties {won.count(0.5)}, losses {won.count(0)}.", markup=False)
-    if "win_rate_length_controlled" not in metrics:
-        console.print("All answers differ in length by the same: no win rate at equal length can be told.")
-    keys = ("item", "messages", "answer")
-    compared = [
-        {**{key: a[key] for key in keys}, "against": b["answer"], "won": judgement.won, "flipped": judgement.flipped}
-        for (a, b), judgement in zip(both, said, strict=True)
-    ]
-    return metrics, compared
 
 
 def report(

@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from tunelet.commands.common import write_json
 from tunelet.errors import TuneletError
@@ -17,6 +19,15 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from tunelet.evals.suite import Outcome
+
+RunCode = Annotated[
+    bool,
+    typer.Option(
+        "--run-code",
+        help="humaneval, mbpp: run the programs that the model writes, each in a process limited in time and memory, "
+        "without files, network or other processes. Off unless you ask.",
+    ),
+]
 
 
 def listed(console: Console, own: dict[str, str], json_to: str | None) -> None:
@@ -62,11 +73,12 @@ def evaluate(
     seed: int | None,
     batch_size: int,
     out: Path | None,
+    run_code: bool,
     others: Sequence[str],
 ) -> dict[str, Any]:
     """The figures of these tasks. `opened` loads the model: after all rows were read, so that mistakes in them show at
     once. others: names of tasks that are not scored here, which a misspelt name may mean."""
-    from tunelet.evals import suite, tasks
+    from tunelet.evals import code_task, suite, tasks
     from tunelet.evals.prompts import SEED, Style
 
     if multiturn and not chat:
@@ -76,10 +88,13 @@ def evaluate(
     for name in names:
         tasks.load(name, others)
     plan = suite.prepare(names, data, num_fewshot=num_fewshot, limit=limit, only=only)
+    code_task.check([prepared.task for prepared in plan.tasks], run_code)
     engine = opened()
     style = Style(chat, multiturn, system, SEED if seed is None else seed)
     with _bar(console, len(plan.tasks)) as progress:
-        outcome = suite.run(engine, plan, style, batch_size=batch_size, model_name=model, progress=progress)
+        outcome = suite.run(
+            engine, plan, style, batch_size=batch_size, model_name=model, run_code=run_code, progress=progress
+        )
     _show(console, outcome)
     figures: dict[str, Any] = {"results": outcome.results["results"], "metrics": outcome.metrics}
     if out is not None:

@@ -169,17 +169,21 @@ def _macro_f1(values: Sequence[tuple[int, int]]) -> Figure:
     for right, chosen in values:
         counts[place[right], place[chosen]] += 1
 
-    def f1(table: Any) -> Any:
-        hits = np.diagonal(table, axis1=-2, axis2=-1)
-        both = table.sum(-1) + table.sum(-2)
-        seen = both > 0
-        return (2 * hits / np.where(seen, both, 1)).sum(-1) / np.maximum(seen.sum(-1), 1)
-
     n = len(values)
     drawn = np.random.default_rng(0).multinomial(n, (counts / n).ravel(), size=stats.RESAMPLES)
-    low, high = np.quantile(f1(drawn.reshape(-1, *counts.shape).astype(float)), [0.025, 0.975])
-    value = float(f1(counts))
+    low, high = np.quantile(macro_f1(drawn.reshape(-1, *counts.shape).astype(float)), [0.025, 0.975])
+    value = float(macro_f1(counts))
     return Figure(value, None, {"value": value, "low": float(low), "high": float(high), "n": n})
+
+
+def macro_f1(tables: Any) -> Any:
+    """Of tables [..., right, chosen] of counts: the mean over the classes that are right or chosen of their F1."""
+    import numpy as np
+
+    hits = np.diagonal(tables, axis1=-2, axis2=-1)
+    both = tables.sum(-1) + tables.sum(-2)
+    seen = both > 0
+    return (2 * hits / np.where(seen, both, 1)).sum(-1) / np.maximum(seen.sum(-1), 1)
 
 
 def pooled(figures: Sequence[tuple[float, float | None, int]]) -> tuple[float, float | None]:

@@ -12,13 +12,14 @@ from tunelet.data.examples import Tokens
 from tunelet.evals.held_out import batches
 from tunelet.evals.stats import wilson
 
-Scores = tuple[tuple[float, int], tuple[float, int]]
+Scores = tuple[tuple[float, int], ...]
 
 
 def scores(model: Any, rows: Sequence[Tokens], *, progress: Callable[[int, int], None] | None = None) -> list[Scores]:
-    """For each row ((log-probability of the chosen answer, in nats, its tokens), (the same of the rejected one)).
+    """For each row and each of its branches (log-probability in nats, tokens): of the chosen answer and then of the
+    rejected one.
 
-    rows: of data/branches.py `pairs`. The prompt is read once for both answers.
+    rows: of data/branches.py `pairs`, or with any number of branches. The prompt is read once for all.
     """
     from tunelet.data.pack import make_batch
     from tunelet.models import sequences
@@ -27,9 +28,9 @@ def scores(model: Any, rows: Sequence[Tokens], *, progress: Callable[[int, int],
     out: list[Any] = [None] * len(rows)
     done = 0
     for places in batches(rows):
-        found = sequences.scored(model, make_batch([rows[place] for place in places]).to(device))
-        for place, chosen, rejected in zip(places, found[0::2], found[1::2], strict=True):
-            out[place] = (chosen, rejected)
+        found = iter(sequences.scored(model, make_batch([rows[place] for place in places]).to(device)))
+        for place in places:
+            out[place] = tuple(next(found) for _ in rows[place].branches)
         done += len(places)
         if progress:
             progress(done, len(rows))

@@ -5,6 +5,7 @@ Not the grading of one answer (starter/grading.py) and not the generation (infer
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,7 @@ def evaluate(
     engine: Any,
     *,
     items: int = 500,
+    most: int | None = None,
     seed: int = 0,
     max_new_tokens: int = 128,
     batch_size: int = 128,
@@ -37,13 +39,16 @@ def evaluate(
 ) -> Scored:
     """Answer and grade held-out items: `items` commands for each language and the requests of other types beside them.
 
-    engine: anything with `renderer.prompt(messages)` and `generate(prompts, ...)`. `rows` and `grade` stand in for the
-    starter's own (a world of one's own). Answers are greedy, so that the same model gives the same figures.
+    most: of these only the first so many commands of each language, and of other types as large a part; their numbers
+    stay. engine: anything with `renderer.prompt(messages)` and `generate(prompts, ...)`. `rows` and `grade` stand in
+    for the starter's own (a world of one's own). Answers are greedy, so that the same model gives the same figures.
     """
     from tunelet import starter
 
     rows = list(starter.rows("eval", "test", n=items, seed=seed)) if rows is None else list(rows)
     grade = starter.grade if grade is None else grade
+    places = _first(rows, most / items) if most is not None and most < items else range(len(rows))
+    rows = [rows[place] for place in places]
     answers = engine.generate(
         [engine.renderer.prompt(as_messages(row["messages"])) for row in rows],
         max_new_tokens=max_new_tokens,
@@ -51,7 +56,7 @@ def evaluate(
         progress=(lambda done: progress(done, len(rows))) if progress else None,
     )
     graded = []
-    for number, (row, answer) in enumerate(zip(rows, answers, strict=True)):
+    for number, row, answer in zip(places, rows, answers, strict=True):
         verdict = grade(answer.text, row)
         graded.append(
             {
@@ -70,6 +75,14 @@ def evaluate(
             }
         )
     return Scored(count(graded), graded)
+
+
+def _first(rows: Sequence[dict[str, Any]], share: float) -> list[int]:
+    """Places of the first rows of each language and type, so large a share of them, rounded up."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for place, row in enumerate(rows):
+        groups.setdefault((row["language"], row["type"]), []).append(place)
+    return sorted(place for group in groups.values() for place in group[: math.ceil(share * len(group))])
 
 
 def count(graded: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:

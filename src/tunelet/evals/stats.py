@@ -15,6 +15,7 @@ from typing import Any
 CONFIDENCE = 0.95
 POWER = 0.8
 RESAMPLES = 2000
+SWAPS = 9999
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,19 @@ def bounded_mean(values: Sequence[float], lowest: float, highest: float, *, seed
     return Interval(value, value - unseen * (value - lowest), value + unseen * (highest - value), len(values))
 
 
+def bootstrap_change(only_first: int, only_second: int, n: int, *, seed: int = 0) -> Interval:
+    """`bounded_mean` of n changes, -1 for each item that only the first did right, 1 for the second's, else 0: drawn by
+    how many there are of each kind, which is the same and quick."""
+    import numpy as np
+
+    if max(only_first, only_second, n - only_first - only_second) == n:
+        return bounded_mean([1.0 if only_second else -1.0 if only_first else 0.0] * n, -1.0, 1.0)
+    shares = np.array([only_first, only_second, n - only_first - only_second]) / n
+    drawn = np.random.default_rng(seed).multinomial(n, shares, size=RESAMPLES)
+    low, high = np.quantile((drawn[:, 1] - drawn[:, 0]) / n, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Interval((only_second - only_first) / n, float(low), float(high), n)
+
+
 def mcnemar(only_first: int, only_second: int) -> float:
     """Two-sided exact p of McNemar's test (1947): could chance alone split the items that only one of two did right?
 
@@ -98,6 +112,59 @@ def items_needed(only_first: int, only_second: int, n: int) -> int | None:
     z, power = normal.inv_cdf((1 + CONFIDENCE) / 2), normal.inv_cdf(POWER)
     root = z * discordant**0.5 + power * (discordant - difference**2) ** 0.5
     return math.ceil((root / difference) ** 2)
+
+
+def items_needed_of(changes: Sequence[float]) -> int | None:
+    """As `items_needed`, of values that are no yes or no: changes are the differences item by item. None where their
+    mean is 0.
+
+    n = (z(0.975) + z(0.8))^2 variance / mean^2: the paired test by the normal distribution.
+    """
+    n, mean = len(changes), sum(changes) / len(changes)
+    variance = sum((change - mean) ** 2 for change in changes) / max(1, n - 1)
+    if not mean:
+        return None
+    normal = NormalDist()
+    z = normal.inv_cdf((1 + CONFIDENCE) / 2) + normal.inv_cdf(POWER)
+    return max(1, math.ceil(z * z * variance / mean**2))
+
+
+def swapped(
+    first: Sequence[float],
+    second: Sequence[float],
+    below_first: Sequence[float] | None = None,
+    below_second: Sequence[float] | None = None,
+    *,
+    seed: int = 0,
+) -> float:
+    """Two-sided p of two models with the same items: is their difference as large where the two values of each item are
+    swapped at random? Approximate randomization (Noreen 1989); of yes and no it is McNemar's test.
+
+    Of means or, with `below`, of sum(first) / sum(below_first). Valid for any number of items.
+    """
+    import numpy as np
+
+    a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    below_a, below_b = (
+        np.ones(len(a)) if of is None else np.asarray(of, dtype=np.float64) for of in (below_first, below_second)
+    )
+    rng, found = np.random.default_rng(seed), []
+    step = max(1, 5_000_000 // len(a))
+    for start in range(0, SWAPS, step):
+        swap = rng.integers(0, 2, size=(min(step, SWAPS - start), len(a)), dtype=np.int8).astype(np.float64)
+        moved, moved_below = swap @ (b - a), swap @ (below_b - below_a)
+        one = (a.sum() + moved) / (below_a.sum() + moved_below)
+        other = (b.sum() - moved) / (below_b.sum() - moved_below)
+        found.append(other - one)
+    return share_as_large(np.concatenate(found), b.sum() / below_b.sum() - a.sum() / below_a.sum())
+
+
+def share_as_large(drawn: Any, seen: float) -> float:
+    """p of a difference that was seen among those that chance makes, itself one of them."""
+    import numpy as np
+
+    near = 1e-9 * max(1e-3, abs(seen))  # sums in another order differ in their last digits
+    return float((1 + np.count_nonzero(np.abs(drawn) >= abs(seen) - near)) / (1 + len(drawn)))
 
 
 def bootstrap_ratio(

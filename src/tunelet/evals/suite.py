@@ -46,14 +46,19 @@ def run(
     *,
     batch_size: int = likelihood.BATCH_SIZE,
     model_name: str = "",
+    run_code: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Outcome:
-    """Score every task with the engine's model. progress(task, done, of)."""
+    """Score every task with the engine's model. run_code: programs that the model writes may be run. progress(task,
+    done, of). Raises TuneletError where programs have to be run and may not."""
+    from tunelet.evals import code_task
+
+    code_task.check([prepared.task for prepared in plan.tasks], run_code)
     started = time.time()
     samples, scored = {}, {}
     for prepared in plan.tasks:
         tell = (lambda done, of, name=prepared.name: progress(name, done, of)) if progress else None
-        samples[prepared.name], scored[prepared.name] = _task(engine, prepared, style, batch_size, tell)
+        samples[prepared.name], scored[prepared.name] = _task(engine, prepared, style, batch_size, tell, run_code)
     results, figures = _results(plan, samples, scored)
     results["config"] = {
         "model": "tunelet",
@@ -90,14 +95,14 @@ def asked(engine: Any, prepared: Prepared, style: Style) -> list[Asked]:
 
 
 def _task(
-    engine: Any, prepared: Prepared, style: Style, batch_size: int, progress: Any
+    engine: Any, prepared: Prepared, style: Style, batch_size: int, progress: Any, run_code: bool
 ) -> tuple[list[dict[str, Any]], dict[str, list[Any]]]:
     """(lines of the samples file, "metric,filter" -> the items' values)."""
     from tunelet.evals import generation
 
     todo = asked(engine, prepared, style)
     if prepared.task.kind == "generate":
-        return generation.run(engine, prepared.loaded, todo, batch_size, progress)
+        return generation.run(engine, prepared.loaded, todo, style, batch_size, progress, run_code=run_code)
     requests = encoded(engine, prepared, todo)
     flat = [request for of_item in requests for request in of_item]
     found = likelihood.score(engine.model, flat, batch_size=batch_size, progress=progress)

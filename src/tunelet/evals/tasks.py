@@ -7,6 +7,7 @@ Not for reading rows (task_rows.py) nor for scoring (suite.py). Prompts of the s
 from __future__ import annotations
 
 import importlib.util
+import re
 import tomllib
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ CHOICE_METRICS = ("acc", "acc_norm", "acc_bytes", "exact_match", "f1", "mass")
 FOLLOWED = ("prompt_level_strict_acc", "inst_level_strict_acc", "prompt_level_loose_acc", "inst_level_loose_acc")
 TEXT_METRICS = ("exact_match", "f1", *FOLLOWED)
 PERPLEXITY_METRICS = ("word_perplexity", "byte_perplexity", "bits_per_byte", "token_perplexity")
+PASS = re.compile(r"pass@([1-9]\d*)")  # metrics of programs
 METRICS = {"multiple_choice": CHOICE_METRICS, "generate": TEXT_METRICS, "perplexity": PERPLEXITY_METRICS}
 
 
@@ -87,6 +89,9 @@ class Task(Strict):
     have IFEval's columns (evals/ifeval.py). report_as: other names for metrics in results. duplicates: whether a row
     may have the same choice twice, as some public rows have. subsets: group -> names; each is a task NAME_SUBSET of its
     own. members: a group of other tasks.
+    temperature: of what is written, 0 is greedy; top_p: nucleus sampling. program: the answer is a program, made and
+    tested as HumanEval's or MBPP's (metrics pass@1, pass@10 and so on); seconds: how long each may run; repeats: how
+    many answers to each prompt.
     """
 
     name: str = Field(pattern=r"^[\w.-]+$")
@@ -112,6 +117,11 @@ class Task(Strict):
     duplicates: Literal["error", "keep"] = "error"
     max_new_tokens: int = Field(256, ge=1)
     stop: tuple[str, ...] = ()
+    temperature: float = Field(0.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    program: Literal["", "humaneval", "mbpp"] = ""
+    seconds: float = Field(3.0, gt=0, le=600)
+    repeats: int = Field(1, ge=1)
     extract: tuple[Extract, ...] = ()
     ignore: tuple[str, ...] = ()
     ignore_case: bool = False
@@ -122,6 +132,15 @@ class Task(Strict):
             if not self.members:
                 raise ValueError("members: a group names its tasks")
             return self
+        if self.top_p < 1 and not self.temperature:
+            raise ValueError("top_p: says nothing without a temperature above 0")
+        if self.temperature and self.kind != "generate":
+            raise ValueError('temperature: is for what a model writes: kind = "generate"')
+        if self.program:
+            self._check_program()
+            return self
+        if self.model_fields_set & {"repeats", "seconds"}:
+            raise ValueError("repeats, seconds: are for programs (program)")
         known = METRICS[self.kind]
         for metric in self.metrics:
             if metric not in known and not callable_metric(metric):
@@ -146,6 +165,26 @@ class Task(Strict):
         if self.kind == "generate" and self.answer is None and set(self.metrics) - set(FOLLOWED):
             raise ValueError("answer: is missing")
         return self
+
+    def _check_program(self) -> None:
+        if self.kind != "generate":
+            raise ValueError('program: is what a model writes: kind = "generate"')
+        if not self.metrics or not all(PASS.fullmatch(metric) for metric in self.metrics):
+            told = ", ".join(self.metrics) or "there is none"
+            raise ValueError(f"metrics: of programs they are pass@1, pass@10 and so on; here: {told}")
+        if max(self.ks) > self.repeats:
+            raise ValueError(f"repeats: pass@{max(self.ks)} takes at least {max(self.ks)} answers to each prompt")
+        if self.repeats > 1 and not self.temperature:
+            raise ValueError("repeats: without a temperature above 0 all answers are the same")
+        if not self.prompt or self.answer is None:
+            raise ValueError("prompt, answer: a program needs both (answer: its tests, as results show them)")
+        if self.extract or self.ignore or self.ignore_case:
+            raise ValueError("extract, ignore, ignore_case: are for texts, not for programs")
+
+    @property
+    def ks(self) -> tuple[int, ...]:
+        """The k of its metrics pass@k."""
+        return tuple(int(found[1]) for metric in self.metrics if (found := PASS.fullmatch(metric)))
 
 
 def callable_metric(name: str) -> bool:

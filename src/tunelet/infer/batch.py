@@ -73,7 +73,7 @@ def answer_file(
                 for place, answer in zip(places, found, strict=True):
                     answers[place] = answer
             part.write(
-                row | {"completion": answer.text, "finish": answer.finish, "tokens": len(answer.ids)}
+                row | {"completion": answer.text, "finish": answer.finish, "tokens": answer.tokens}
                 for (row, _), answer in zip(here, answers, strict=True)
             )
             bar.update(task, completed=start + len(here))

@@ -10,29 +10,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from tunelet.errors import TuneletError
+from tunelet.infer import stops
+from tunelet.infer.request import Completion, check_prompt
 from tunelet.infer.sampling import Sampler, Sampling
 from tunelet.infer.text import TextStream
 from tunelet.models import virtual
 
 CACHE_MB = 1024  # rows of a batch are cut so that its KV cache stays below this
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """What a prompt was answered. `ids` hold no stop token. `finish`: "stop" (a stop token came), "length"
-    (max_new_tokens), "context" (the model reads no further)."""
-
-    text: str
-    ids: tuple[int, ...]
-    finish: str
-
-    @property
-    def stopped(self) -> bool:
-        return self.finish == "stop"
 
 
 class TorchEngine:
@@ -70,20 +56,21 @@ class TorchEngine:
         repetition_penalty: float = 1.0,
         seed: int = 0,
         batch_size: int = 64,
+        stop: Sequence[str] = (),
         progress: Callable[[int], None] | None = None,
     ) -> list[Completion]:
         """One completion per prompt (lists of token ids), in their order. temperature 0 is greedy.
 
         Prompts are answered in batches of about equal length, at most `batch_size` rows; a row that stops leaves its
-        batch. Sampling draws from (seed, index of the prompt), whatever the batch. `progress` is called with the
-        number of prompts finished so far.
+        batch. Sampling draws from (seed, index of the prompt), whatever the batch. `stop`: texts before which an answer
+        ends (stops.cut). `progress` is called with the number of prompts finished so far.
         Raises TuneletError where a prompt is empty or longer than the model reads.
         """
         sampling = Sampling(temperature, top_p, top_k, repetition_penalty, seed)
         for number, prompt in enumerate(prompts, 1):
-            self._check(prompt, f"Prompt {number}")
+            check_prompt(prompt, self.max_length, f"Prompt {number}")
         done: list[Completion | None] = [None] * len(prompts)
-        finished = 0
+        finished, watch = 0, stops.Watch(self.tokenizer, stop)
         with self._inference():
             # longest first: the largest cache is needed at once, so a lack of memory shows at the start
             order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
@@ -91,13 +78,15 @@ class TorchEngine:
                 rows = self._rows_that_fit(len(prompts[order[0]]), max_new_tokens, batch_size)
                 batch, order = order[:rows], order[rows:]
                 answers: dict[int, list[int]] = {index: [] for index in batch}
-                for tokens in self._steps({index: prompts[index] for index in batch}, max_new_tokens, sampling):
+                asked = {index: prompts[index] for index in batch}
+                for tokens in self._steps(asked, max_new_tokens, sampling, watch):
                     for index, token, finish in tokens:
                         if token is not None:
                             answers[index].append(token)
                         if finish:
                             ids = tuple(answers.pop(index))
-                            done[index] = Completion(self.tokenizer.decode(ids, skip_special_tokens=True), ids, finish)
+                            text = stops.cut(self.tokenizer.decode(ids, skip_special_tokens=True), stop)
+                            done[index] = Completion(text, ids, finish)
                             finished += 1
                     if progress is not None:
                         progress(finished)
@@ -115,16 +104,17 @@ class TorchEngine:
         top_k: int = 0,
         repetition_penalty: float = 1.0,
         seed: int = 0,
+        stop: Sequence[str] = (),
     ) -> Iterator[str]:
         """The answer to one prompt in pieces of whole characters, as soon as they are there; together they are the
-        answer's text.
+        answer's text. What may be the beginning of a `stop` text is held back until it is clear.
 
         The generator's return value is the Completion. Raises TuneletError as `generate` does, at the first piece.
         """
-        self._check(prompt, "The conversation")
+        check_prompt(prompt, self.max_length, "The conversation")
         sampling = Sampling(temperature, top_p, top_k, repetition_penalty, seed)
-        text, ids, finish = TextStream(self.tokenizer), [], "length"
-        steps = self._steps({0: prompt}, max_new_tokens, sampling)
+        text, ids, finish = TextStream(self.tokenizer, stop), [], "length"
+        steps = self._steps({0: prompt}, max_new_tokens, sampling, stops.Watch(self.tokenizer, stop))
         while True:
             with self._inference():  # not around the yield: the caller's own torch work must not run in inference mode
                 tokens = next(steps, None)
@@ -143,10 +133,10 @@ class TorchEngine:
     # -- the work -----------------------------------------------------------------------------------------------------
 
     def _steps(
-        self, prompts: dict[int, Sequence[int]], max_new_tokens: int, sampling: Sampling
+        self, prompts: dict[int, Sequence[int]], max_new_tokens: int, sampling: Sampling, watch: stops.Watch
     ) -> Iterator[list[tuple[int, int | None, str]]]:
         """Decode `prompts` (index -> ids) together. Each step yields (index, token or None, why it ended or "") for
-        every row still there.
+        every row still there; `watch` says which have come to a stop text.
         """
         import torch
 
@@ -193,7 +183,7 @@ class TorchEngine:
                 stop = token in self.stop_ids
                 finish = (
                     "stop"
-                    if stop
+                    if stop or watch.push(indices[row], token)
                     else ""
                     if step + 1 < room[row]
                     else "length"
@@ -216,18 +206,6 @@ class TorchEngine:
                 sampler.keep(keep)
                 alive = [alive[place] for place in keep.tolist()]
                 here = torch.ones(left, dtype=torch.bool)
-
-    def _check(self, prompt: Sequence[int], name: str) -> None:
-        if not len(prompt):
-            raise TuneletError(
-                f"{name} is empty.", why="a model needs at least one token to go on from", fix="Give it some text."
-            )
-        if self.max_length and len(prompt) >= self.max_length:
-            raise TuneletError(
-                f"{name} has {len(prompt)} tokens; this model reads at most {self.max_length}, its answer included.",
-                why="past that length a model's positions were never trained, and it answers nonsense",
-                fix=f"Shorten it to fewer than {self.max_length} tokens, or take a model with a longer context.",
-            )
 
     def _rows_that_fit(self, length: int, max_new_tokens: int, batch_size: int) -> int:
         """How many rows of this length a batch may have: `batch_size`, less where their KV cache would be larger

@@ -7,6 +7,7 @@ Not for the proof (merge_gate.py) and not for training. The folder is made besid
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -87,9 +88,13 @@ def source(path: str | Path) -> Source:
 def check_out(out: Path, of: Source) -> None:
     """Raises TuneletError where the merged folder could not be made at `out`: something is there, or it would lie in
     the folder of the adapter, of the base, or where the run keeps its model."""
-    place = out.resolve()
     kept = [("the adapter's folder", of.adapter), ("the base model's folder", of.base)]
     kept += [("the run's own model folder", of.run / name) for name in record.MODEL_FOLDERS] if of.run else []
+    _check_free(out, kept)
+
+
+def _check_free(out: Path, kept: Sequence[tuple[str, Path]]) -> None:
+    place = out.resolve()
     for what, folder in kept:
         if place == folder.resolve() or folder.resolve() in place.parents:
             raise TuneletError(
@@ -171,6 +176,48 @@ def _enough(
         return rows, rows_from
     more = "built-in rows in English and Korean"
     return [*given, *merge_gate.built_in_rows(tokenizer)], f"{rows_from}, and {more}" if given else more
+
+
+def copy(path: str | Path, out: str | Path) -> dict[str, Any]:
+    """Copy the whole model at `path` (a run, a folder, a hub id) to the new folder `out`, prove it, and say what of.
+
+    It holds what plain transformers loads, and nothing else. Raises TuneletError for bad input, GateError where the
+    copy is not the model byte for byte or plain transformers does not load it: nothing is left at `out` then.
+    """
+    from tunelet.models import load, weights
+
+    model, out = load.resolve(path), Path(out)
+    weights.check(model)
+    _check_free(out, [("the model's folder", model)])
+    tokenizer = merge_files.open_tokenizer(model, model)
+    with _in_the_making(out) as folder:
+        names = sorted({file for pattern in load.WANTED for file in model.glob(pattern) if file.is_file()})
+        with disk(out):
+            for file in names:
+                shutil.copy2(file, folder / file.name)
+        told = {file.name: _sha256(folder / file.name) for file in names}
+        findings = [f"{file.name} is another file" for file in names if told[file.name] != _sha256(file)]
+        loaded, problems = merge_gate.load_plainly(folder, False)
+        findings += [problems] if loaded is None else problems
+        del loaded
+        merge_gate.give_back()
+        rows = merge_gate.built_in_rows(tokenizer)
+        findings += merge_files.tokenizer(folder, model, model, rows)
+        if findings:
+            raise GateError(
+                f"The copy is not a model that plain transformers runs; nothing was written to {out}.",
+                why="; ".join(findings),
+                fix=f"Mend {model}, or use it as it is.",
+            )
+        copied = {"folder": str(out), "model": str(model), "sha256": told, "dtype": weights.stored_dtype(model)}
+        with disk(out):
+            (folder / MERGE).write_text(json.dumps(copied, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    return copied
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 @contextlib.contextmanager

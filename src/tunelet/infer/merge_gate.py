@@ -146,7 +146,7 @@ def check(
             if tensor.is_floating_point():
                 tensor.copy_(tensor.to(getattr(torch, dtype)))
         rounded = outputs(expected, rows, step)
-    loaded, problem = _loaded(merged, trust_remote_code)
+    loaded, problem = load_plainly(merged, trust_remote_code)
     if loaded is None:
         return Checked([*findings, problem], figures, bounds)
     findings += [*problem, *_ties(loaded, expected, base), *_weights(loaded, expected, dtype)]
@@ -160,7 +160,7 @@ def check(
         findings.append(f"it computes numbers that are not finite in {dtype}; bfloat16 and float32 reach further")
     if rounds:  # loaded anew, not widened: some architectures compute numbers of their own in the dtype they load in
         del loaded
-        loaded, _ = _loaded(merged, trust_remote_code, "float32")
+        loaded, _ = load_plainly(merged, trust_remote_code, "float32")
     after = outputs(loaded, rows, step)
     figures["storing"], figures["merged"] = compare(rounded, after), compare(before, after)
     return Checked([*findings, *_beyond(figures, bounds, dtype)], figures, bounds)
@@ -275,7 +275,7 @@ def _beyond(figures: dict[str, Any], bounds: dict[str, Any], dtype: str) -> Iter
 # The folder -------------------------------------------------------------------------------------------------------
 
 
-def _loaded(merged: Path, trust_remote_code: bool, dtype: str = "auto") -> tuple[Any, Any]:
+def load_plainly(merged: Path, trust_remote_code: bool, dtype: str = "auto") -> tuple[Any, Any]:
     """(model, findings) of the folder in plain transformers, by default in the dtype it is stored in; (None, why) where
     it does not load."""
     from transformers import AutoModelForCausalLM

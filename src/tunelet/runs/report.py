@@ -3,7 +3,8 @@ the page.
 
 Not for measuring (evals/) and not for drawing (charts.py; the layout is report.html.j2). Any run has a page, also a
 failed or unfinished one: what is missing is left out, or said. Its parts: report_words.py, report_sides.py (metrics and
-answers), report_preference.py, report_spent.py.
+answers), report_gate.py, report_preference.py,
+report_spent.py.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from tunelet import __version__
 from tunelet.recipe import WANTS, Recipe
 from tunelet.recipe_io import values
 from tunelet.recipe_text import inline
-from tunelet.runs import charts, report_preference, report_sides, report_spent, report_words
+from tunelet.runs import charts, report_gate, report_preference, report_sides, report_spent, report_words
 from tunelet.runs.record import STAGES, Run
 from tunelet.runs.templates import template
 
@@ -45,6 +46,7 @@ def html(run: Run) -> str:
         cards=report_sides.cards(sides, recipe.method.name),
         sides=sides,
         metrics=report_sides.metrics(sides),
+        gate=report_gate.gate(run, stages[0] if stages else run),
         happened=report_preference.happened(run, recipe),
         charts=_charts(run),
         answers=report_sides.answers(sides),

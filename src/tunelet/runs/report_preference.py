@@ -1,5 +1,5 @@
-"""What happened to a model that compared answers: the guard's remarks with commands to try next, the figures from the
-first evaluation to that of the saved weights, and their charts.
+"""What happened to the model: remarks made before and in the training with commands to try next; of one that compared
+answers also the figures from the first evaluation to that of the saved weights, and their charts.
 
 Not for judging the figures (train/guard.py): all that is said there stands in the run's log.jsonl and guard.json.
 """
@@ -28,6 +28,10 @@ KINDS = {
     "stops": "Fewer answers end by themselves",
     "loops": "Answers repeat themselves without end",
     "length": "Answers get longer and longer",
+}
+TITLES = KINDS | {  # and what is said of other methods
+    "end_token": "The token that ends answers was never trained",
+    "still": "The virtual tokens hardly train",
 }
 
 NOTES = {
@@ -62,13 +66,14 @@ class Happened:
 
 
 def happened(run: Run, recipe: Recipe) -> Happened | None:
-    """None where the method compares no answers."""
-    if recipe.method.name not in PREFERENCE:
-        return None
+    """None where the method compares no answers and nothing was remarked on."""
     rows = [row for row in run.log_rows() if "step" in row]
     evaluated = [row for row in rows if "held_out_loss" in row]
     said = [(None, remark) for remark in run.read_json("guard.json", [])]
-    said += [(row["step"], remark) for row in evaluated for remark in row.get("remarks", [])]
+    said += [(row["step"], remark) for row in rows for remark in row.get("remarks", [])]
+    if recipe.method.name not in PREFERENCE:
+        text = f"{_count(said)} The training was not stopped." if said else ""
+        return Happened(None, text, "", "", _remarks(run, recipe, said), []) if said else None
     stopped = next((step for step, remark in said if remark["severity"] == "stop"), None)
     kept = _kept(run, evaluated)
     figures = _figures(run, recipe, evaluated[0], kept) if kept and kept["step"] else ""
@@ -165,7 +170,7 @@ def _remarks(run: Run, recipe: Recipe, said: Sequence[tuple[int | None, Row]]) -
         repeated = ["as above"] if len(new) < len(tries) else []
         shown |= {line for _, line in tries}
         when = "before the training" if step is None else f"step {step:,}"
-        title = KINDS.get(remark["kind"], remark["kind"])
+        title = TITLES.get(remark["kind"], remark["kind"])
         out.append(Told(when, remark["severity"], title, _upper(remark["text"]), new, repeated + others))
     return out
 

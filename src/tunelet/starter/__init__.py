@@ -19,7 +19,14 @@ if TYPE_CHECKING:
 
 BASE = Path(__file__).parent / "base"
 
-_DEFAULT = {"chat": 8000, "text": 20000, "preference": 2000, "choice": 500, "eval": 500}
+_DEFAULT = {"chat": 8000, "text": 20000, "preference": 2000, "choice": 500, "times": 500, "eval": 500}
+
+# What a prompt says of the task, where a model is asked without being tuned (evals/prompted.py).
+INSTRUCTION = (
+    "You are the assistant of a smart home. Answer a request with one JSON command on a line, with the keys action, "
+    "device, room and, where asked for, value, time or after, and nothing else. Say briefly that you are sorry where "
+    "the home cannot do it. Answer other questions briefly, in the language of the question."
+)
 
 
 def rows(
@@ -28,7 +35,7 @@ def rows(
     """Rows of the starter world, a function of the arguments alone.
 
     kind: "text" {"text"}, "chat" {"messages"}, "preference" {"prompt", "chosen", "rejected", "kind"},
-        "choice" {"question", "choices", "answer"}, "eval" {"messages", "language", "type", "expected"}.
+        "choice" and "times" {"question", "choices", "answer"}, "eval" {"messages", "language", "type", "expected"}.
     split: "train", or "test" (compositions and phrasings that occur nowhere in "train"; text exists for training only,
         its "test" split is other pages of the same kind).
     n: rows; for "eval" the number of *commands in each language* (other types come beside them). None: by kind.
@@ -53,6 +60,8 @@ def rows(
         yield from islice(chat.preferences(rng, split, languages), count)
     elif kind == "choice":
         yield from islice(chat.choices(rng, languages), count)
+    elif kind == "times":
+        yield from islice(text.times(rng, languages), count)
     else:
         yield from chat.evaluation(rng, split, languages, count)
 

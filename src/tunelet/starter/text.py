@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from random import Random
+from typing import Any
 
 from tunelet.starter.chat import _OPPOSITE, _STATES, state_line, state_question
 from tunelet.starter.language import capital, finish, name, request, sample_command, sample_time
@@ -185,3 +186,18 @@ def pages(rng: Random, languages: tuple[str, ...]) -> Iterator[str]:
     makers, shares = [m for _, m in KINDS.values()], [s for s, _ in KINDS.values()]
     while True:
         yield rng.choices(makers, shares)[0](rng, rng.choice(languages))
+
+
+def times(rng: Random, languages: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """Spoken times as multiple choice, {"question", "choices", "answer" (index)}: what the pages tell of clocks."""
+    while True:
+        language = rng.choice(languages)
+        hour, minute = sample_time(rng)
+        spoken = (say_english if language == "en" else say_korean)(hour, minute, rng)
+        right = clock(hour, minute)
+        others = [clock((hour + 12) % 24, minute), clock((hour + 1) % 24, minute), clock(hour, (minute + 10) % 60)]
+        if spoken == right:
+            continue
+        choices = [right, *others]
+        rng.shuffle(choices)
+        yield {"question": f"{capital(spoken)}:", "choices": choices, "answer": choices.index(right)}
