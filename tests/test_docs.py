@@ -22,6 +22,8 @@ SCALE = ["docs/scale.md", "docs/scale.ko.md"]  # its commands are run by train/t
 PREFERENCE = ["docs/preference.md", "docs/preference.ko.md"]
 ADAPTERS = ["docs/adapters.md", "docs/adapters.ko.md"]
 EVALUATION = ["docs/evaluation.md", "docs/evaluation.ko.md"]
+DEPLOY = ["docs/deploy.md", "docs/deploy.ko.md"]  # servers are started by serve/test_serve_starter.py
+FOREIGN = ("curl", "docker", "vllm", "python", "pip")  # programs that only docs/deploy.md names
 COMPARING = ("dpo", "orpo", "simpo", "kto")  # in the order of its tables' columns
 needs_base = pytest.mark.skipif(
     not (starter.BASE / "model.safetensors").is_file(), reason="the shipped base model is not here"
@@ -35,6 +37,7 @@ def text(name: str) -> str:
 def blocks(name: str) -> list[list[str]]:
     """The commands of each fenced sh block, comments taken off."""
     found = re.findall(r"```sh\n(.*?)```", text(name), flags=re.S)
+    found = [re.sub(r"\\\n\s*", "", block) for block in found]
     return [[line for raw in block.splitlines() if (line := re.sub(r"\s+#.*", "", raw).strip())] for block in found]
 
 
@@ -320,11 +323,33 @@ def test_what_is_told_of_pairs_is_there(name):
     assert keys <= set(values(Recipe()))
 
 
-@pytest.mark.parametrize("name", [*READMES, *SCALE, *PREFERENCE, *ADAPTERS, *EVALUATION])
+@needs_base
+def test_exports_and_engines(workplace, monkeypatch, loopback):
+    """RUN is the shipped model; bench asks for a little."""
+    pytest.importorskip("xllamacpp")
+    (workplace / "prompts.jsonl").write_text('{"prompt": "hello"}\n', encoding="utf-8")
+    done = 0
+    for line in itertools.chain(*blocks(DEPLOY[0])):
+        verb = line.split()[1]
+        if verb in ("export", "bench", "chat", "generate") and "ADAPTER" not in line and "http" not in line:
+            line = line.replace("RUN", "starter") if "model" not in line else line.replace("RUN", "MODEL")
+            line = line.replace("--out model", f"--out out{done}")
+            more = " --max-new-tokens 4" if verb in ("chat", "generate") else ""
+            more += " --clients 1 --prompt 8 --answer 4 --quant q8_0" if verb == "bench" else ""
+            run(line + more, monkeypatch)
+            done += 1
+    assert done >= 6
+    assert (workplace / "bench.html").is_file() and (workplace / "answers.jsonl").is_file()
+    assert (workplace / "f16" / "parity.json").is_file() and len(list(workplace.glob("out*/config.json"))) == 2
+
+
+@pytest.mark.parametrize("name", [*READMES, *SCALE, *PREFERENCE, *ADAPTERS, *EVALUATION, *DEPLOY])
 def test_every_block_is_run_or_checked(name):
     for block in blocks(name):
         for line in block:
             program, *args = shlex.split(re.sub(r"^torchrun .* -m tunelet", "tunelet", line))
+            if program in FOREIGN and name in DEPLOY:
+                continue
             assert program in ("make", "tunelet"), line
             if program == "tunelet":
                 known = commands(cli.app)
@@ -336,8 +361,8 @@ def test_every_block_is_run_or_checked(name):
 
 @pytest.mark.parametrize(
     "names",
-    [READMES, SCALE, PREFERENCE, ADAPTERS, EVALUATION],
-    ids=["readme", "scale", "preference", "adapters", "evaluation"],
+    [READMES, SCALE, PREFERENCE, ADAPTERS, EVALUATION, DEPLOY],
+    ids=["readme", "scale", "preference", "adapters", "evaluation", "deploy"],
 )
 def test_both_languages_have_the_same_commands(names):
     assert [[re.sub(r'"[^"]*"', '""', line) for line in block] for block in blocks(names[0])] == [
@@ -363,9 +388,15 @@ def test_every_verb_is_in_the_table(name):
         assert f"tunelet {verb[0]}" in told and verb[-1] in told, verb
 
 
-@pytest.mark.parametrize("name", [*READMES, *SCALE, *PREFERENCE, *ADAPTERS, *EVALUATION, "CONTRIBUTING.md"])
+@pytest.mark.parametrize("name", [*READMES, *SCALE, *PREFERENCE, *ADAPTERS, *EVALUATION, *DEPLOY, "CONTRIBUTING.md"])
 def test_flags_and_files_named_exist(name):
-    known = options() | {"--help", "--find-links", "--nproc-per-node", "--shutdown-timeout"}  # the last are torchrun's
+    known = options() | {
+        "--served-model-name",
+        "--help",
+        "--find-links",
+        "--nproc-per-node",
+        "--shutdown-timeout",
+    }  # the last are torchrun's
     for part in inline(name):
         for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", part):
             assert flag in known, f"{flag} in `{part}`"

@@ -15,7 +15,22 @@ from typing import Annotated
 import typer
 
 from tunelet import __version__
-from tunelet.commands import ask, common, compare, data, domain, export, machine, plan, recipe, results, sweep, train
+from tunelet.commands import (
+    ask,
+    bench,
+    common,
+    compare,
+    data,
+    domain,
+    export,
+    machine,
+    plan,
+    recipe,
+    results,
+    serve,
+    sweep,
+    train,
+)
 from tunelet.errors import TuneletError, did_you_mean
 
 app = typer.Typer(
@@ -54,7 +69,9 @@ app.add_typer(domain.app, name="domain")
 app.command("eval", short_help="Score a model or a run, with intervals.")(results.evaluate)
 app.command("chat", short_help="Talk with a model.")(ask.chat)
 app.command("generate", short_help="Answer a file of prompts.")(ask.generate)
-app.command("export", short_help="An adapter becomes a model folder, and is proved.")(export.export)
+app.command("serve", short_help="An OpenAI-compatible server, and a chat page.")(serve.serve)
+app.command("bench", short_help="How fast does this machine answer with it?")(bench.bench)
+app.command("export", short_help="A file for llama.cpp or Ollama, or a model folder; proved.")(export.export)
 app.command("compare", short_help="Finished runs side by side, and tested.")(compare.compare)
 app.command("report", short_help="Write a run's page again.")(results.report)
 app.add_typer(recipe.app, name="recipe")

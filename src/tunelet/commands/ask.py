@@ -13,10 +13,12 @@ from tunelet.commands.common import (
     Adapters,
     Device,
     Dtype,
+    Engine,
     Json,
     Template,
     Trust,
     Use,
+    choose_engine,
     open_console,
     open_engine,
     write_json,
@@ -64,6 +66,7 @@ def chat(
     seed: Seed = 0,
     raw: Raw = False,
     template: Template = None,
+    engine: Engine = "auto",
     device: Device = "auto",
     dtype: Dtype = "auto",
     trust: Trust = False,
@@ -71,7 +74,17 @@ def chat(
 ) -> None:
     """Talk with a model. Answers come as they are made; the conversation is kept until /reset."""
     console = open_console(json_to)
-    engine = open_engine(model, device=device, dtype=dtype, trust=trust, template=template, adapters=adapter, use=use)
+    name = choose_engine(engine, model, 1, adapter, device, dtype)
+    opened = open_engine(
+        model,
+        device=device,
+        dtype=dtype,
+        trust=trust,
+        template=template,
+        adapters=adapter,
+        use=use,
+        engine=name,
+    )
     options = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -79,7 +92,7 @@ def chat(
         "top_k": top_k,
         "seed": seed,
     }
-    session = _Session(engine, system, raw, options, console)
+    session = _Session(opened, system, raw, options, console)
     if prompt is not None:
         answer = session.ask(prompt)
         write_json({"prompt": prompt, "answer": answer, "finish": session.finish, "tokens": session.tokens}, json_to)
@@ -222,6 +235,7 @@ def generate(
     batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Prompts answered at the same time.")] = 32,
     raw: Raw = False,
     template: Template = None,
+    engine: Engine = "auto",
     device: Device = "auto",
     dtype: Dtype = "auto",
     trust: Trust = False,
@@ -241,13 +255,25 @@ def generate(
         "top_k": top_k,
         "seed": seed,
     }
+    name = choose_engine(engine, model, batch_size, adapter, device, dtype)
     settings = options | {"model": model, "system": system, "raw": raw, "template": template, "batch_size": batch_size}
+    settings["engine"] = name  # one file of answers has one author
     if adapter:
         from tunelet.infer.adapters import named
 
         settings |= {"adapters": named(adapter), "use": use}
 
-    def engine() -> Any:
-        return open_engine(model, device=device, dtype=dtype, trust=trust, template=template, adapters=adapter, use=use)
+    def opened() -> Any:
+        return open_engine(
+            model,
+            device=device,
+            dtype=dtype,
+            trust=trust,
+            template=template,
+            adapters=adapter,
+            use=use,
+            engine=name,
+            slots=batch_size,
+        )
 
-    write_json(answer_file(prompts, out, engine, settings, console), json_to)
+    write_json(answer_file(prompts, out, opened, settings, console), json_to)

@@ -56,6 +56,14 @@ Use = Annotated[
         "--use", metavar="MIX", help="Which adapters: NAME, A+B, 0.7*A+0.3*B, or off. Default: the first one."
     ),
 ]
+Engine = Annotated[
+    str,
+    typer.Option(
+        "--engine",
+        metavar="E",
+        help="torch, llama.cpp, or an address: http://127.0.0.1:8080/v1#MODEL. auto: the faster.",
+    ),
+]
 Device = Annotated[str, typer.Option(metavar="D", help="auto, cpu, cuda or mps.")]
 Dtype = Annotated[str, typer.Option(metavar="D", help="auto, float32 or bfloat16.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
@@ -239,9 +247,13 @@ def open_engine(
     template: str | None,
     adapters: Sequence[str] | None = None,
     use: str | None = None,
+    engine: str = "torch",
+    slots: int = 1,
 ) -> Any:
     """A TorchEngine of a model, a run or adapter; with `adapters` an AdapterEngine. The tokenizer first: its mistakes
-    show without loading weights."""
+    show without loading weights. engine: as chosen (infer/choose.py); slots: of llama.cpp, requests at once."""
+    if engine != "torch":
+        return _other_engine(engine, model, slots, template, {"--device": device, "--dtype": dtype})
     choice_of("--device", device, ("auto", "cpu", "cuda", "mps"))
     choice_of("--dtype", dtype, ("auto", "float32", "bfloat16"))
     if adapters:
@@ -269,6 +281,56 @@ def open_engine(
     loaded = load.load_model(model, choice, trust_remote_code=trust)
     load.check_tokenizer(loaded, tokenizer, model)
     return TorchEngine(loaded, tokenizer, renderer)
+
+
+def choose_engine(
+    asked: str,
+    model: str | None,
+    at_once: int,
+    adapters: Sequence[str] | None,
+    device: str,
+    dtype: str,
+) -> str:
+    """Which engine answers, as `open_engine` takes it; why is told. Raises TuneletError where what was asked for does
+    not go together."""
+    from tunelet.infer import choose
+    from tunelet.infer.endpoint import is_url
+
+    if is_url(asked) and not adapters:
+        if model is not None:
+            raise TuneletError(
+                f"--engine {asked} and {model}: which one?", fix="leave the model out; an address's stands behind #"
+            )
+        return asked
+    if adapters or model is None:
+        choice_of("--engine", asked, ("auto", "torch"))  # several adapters on one base are torch's
+        return "torch"
+    if asked == "auto" and (device, dtype) != ("auto", "auto"):
+        return "torch"
+    chosen = choose.choose(model, asked, at_once)
+    if asked == "auto":  # on standard error: standard output may be the answer alone
+        print(f"Engine: {chosen.engine} ({chosen.reason})", file=sys.stderr)
+    return chosen.engine
+
+
+def _other_engine(name: str, model: str | None, slots: int, template: str | None, torchs: Mapping[str, str]) -> Any:
+    """llama.cpp, or an address."""
+    for flag, value in torchs.items():
+        if value != "auto":
+            raise TuneletError(f"{flag} {value}: is for the torch engine, not for {name}", fix="leave it out")
+    if name != "llama.cpp":
+        from tunelet.infer.remote import RemoteEngine
+
+        if template:
+            raise TuneletError("--template: an address has its own template", fix="leave it out")
+        return RemoteEngine(name)
+    from tunelet.infer import choose, gguf_export
+    from tunelet.infer.engine import CACHE_MB
+    from tunelet.infer.llama_cpp import LlamaCppEngine
+
+    tokenizer, renderer = open_tokenizer(str(model), template)
+    file = gguf_export.ready(str(model), choose.QUANT).file
+    return LlamaCppEngine(file, tokenizer, renderer, slots=slots, cache_mb=CACHE_MB)
 
 
 @contextlib.contextmanager

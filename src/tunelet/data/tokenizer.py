@@ -102,13 +102,12 @@ def _check_chatml(tokenizer: Any, folder: Path) -> None:
 
 
 def _from_folder(folder: Path) -> PreTrainedTokenizerFast:
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
     try:
-        if (folder / "tokenizer_config.json").exists() or (folder / "config.json").exists():
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        if _is_plain(folder):
+            from transformers import PreTrainedTokenizerFast as Kind
         else:
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+            from transformers import AutoTokenizer as Kind
+        tokenizer = Kind.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exceptions for a malformed tokenizer.json
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise TuneletError(
@@ -121,6 +120,20 @@ def _from_folder(folder: Path) -> PreTrainedTokenizerFast:
             fix="save it with tokenizer.json (AutoTokenizer.from_pretrained(...).save_pretrained(...))",
         )
     return tokenizer
+
+
+def _is_plain(folder: Path) -> bool:
+    """Whether AutoTokenizer, which imports torch to read config.json, would come to PreTrainedTokenizerFast anyway:
+    nothing says otherwise, or tokenizer_config.json says so by its present name and the model's family is one that
+    transformers takes at its word."""
+    config, model = (
+        json.loads(file.read_text(encoding="utf-8")) if (file := folder / name).is_file() else None
+        for name in ("tokenizer_config.json", "config.json")
+    )
+    if config is None or model is None:
+        return config is None and model is None
+    plain = config.get("tokenizer_class") == "TokenizersBackend" and "auto_map" not in config
+    return plain and model.get("model_type") == "llama"
 
 
 def _check_json(path: Path) -> None:

@@ -6,12 +6,9 @@ Not for the proof (merge_gate.py) and not for training. The folder is made besid
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
-import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,7 @@ from tunelet.errors import GateError, TuneletError
 from tunelet.infer import merge_files, merge_gate
 from tunelet.infer.merge_gate import Progress
 from tunelet.runs import environment, record
-from tunelet.runs.files import TEMPORARY, disk, finite, sync
+from tunelet.runs.files import disk, finite, in_the_making, sha256
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MERGE = "merge.json"  # in the merged folder: where it comes from, the figures and their bounds
@@ -134,7 +131,7 @@ def merge(
     if dtype == "auto":
         dtype = weights.stored_dtype(of.base)
     tokenizer = merge_files.open_tokenizer(of.adapter, of.base)
-    with _in_the_making(out) as folder:
+    with in_the_making(out) as folder:
         model = merge_gate.into_weights(merge_gate.on_base(of.adapter, trust_remote_code))
         load.check_tokenizer(model, tokenizer, str(path))
         context = merge_gate.context_length(model.config)
@@ -178,7 +175,7 @@ def _enough(
     return [*given, *merge_gate.built_in_rows(tokenizer)], f"{rows_from}, and {more}" if given else more
 
 
-def copy(path: str | Path, out: str | Path) -> dict[str, Any]:
+def copy(path: str | Path, out: str | Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
     """Copy the whole model at `path` (a run, a folder, a hub id) to the new folder `out`, prove it, and say what of.
 
     It holds what plain transformers loads, and nothing else. Raises TuneletError for bad input, GateError where the
@@ -190,14 +187,14 @@ def copy(path: str | Path, out: str | Path) -> dict[str, Any]:
     weights.check(model)
     _check_free(out, [("the model's folder", model)])
     tokenizer = merge_files.open_tokenizer(model, model)
-    with _in_the_making(out) as folder:
+    with in_the_making(out) as folder:
         names = sorted({file for pattern in load.WANTED for file in model.glob(pattern) if file.is_file()})
         with disk(out):
             for file in names:
                 shutil.copy2(file, folder / file.name)
-        told = {file.name: _sha256(folder / file.name) for file in names}
-        findings = [f"{file.name} is another file" for file in names if told[file.name] != _sha256(file)]
-        loaded, problems = merge_gate.load_plainly(folder, False)
+        told = {file.name: sha256(folder / file.name) for file in names}
+        findings = [f"{file.name} is another file" for file in names if told[file.name] != sha256(file)]
+        loaded, problems = merge_gate.load_plainly(folder, trust_remote_code)
         findings += [problems] if loaded is None else problems
         del loaded
         merge_gate.give_back()
@@ -213,33 +210,3 @@ def copy(path: str | Path, out: str | Path) -> dict[str, Any]:
         with disk(out):
             (folder / MERGE).write_text(json.dumps(copied, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     return copied
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-@contextlib.contextmanager
-def _in_the_making(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its place, whole and on the disk, when the block ends; after any error nothing
-    is left of it. What a kill leaves is swept by the next try."""
-    place = out.resolve()
-    temporary = place.with_name(f"{TEMPORARY}{place.name}")
-    try:
-        with disk(out):
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-        yield temporary
-        with disk(out):
-            for path in sorted(temporary.rglob("*")):
-                sync(path)
-            sync(temporary)
-            if place.exists():
-                place.rmdir()  # it is empty; not every system renames onto it
-            os.rename(temporary, place)
-            sync(place.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import math
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -58,6 +60,12 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def sha256(file: Path) -> str:
+    """Of the whole file, as hexadecimal digits."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
 WRITABLE = "Choose an --out that can be written, or change the folder's permissions."
 ROOM = "Free some space, or choose an --out on another disk, and run the same command again."
 IN_THE_WAY = ("a file stands where a folder is needed", "Choose another --out, or move that file away.")
@@ -82,3 +90,29 @@ def disk(path: Path) -> Iterator[None]:
             raise
         why, fix = REASONS[error.errno]
         raise TuneletError(f"Cannot write {path}.", why=why, fix=fix) from error
+
+
+@contextlib.contextmanager
+def in_the_making(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that takes its place, whole and on the disk, when the block ends; after any error nothing
+    of it is left, and what was at `out` stays. What a kill leaves is swept by the next try."""
+    place = out.resolve()
+    temporary, old = (place.with_name(f"{TEMPORARY}{kind}{place.name}") for kind in ("", "old-"))
+    try:
+        with disk(out):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            for left in (temporary, old):
+                shutil.rmtree(left, ignore_errors=True)
+            temporary.mkdir()
+        yield temporary
+        with disk(out):
+            for path in (*sorted(temporary.rglob("*")), temporary):
+                sync(path)
+            if place.exists():
+                os.rename(place, old)
+            os.rename(temporary, place)
+            sync(place.parent)
+            shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise

@@ -1,0 +1,80 @@
+"""The bench measures every engine in a process of its own, keeps what it found, and says which engine is faster."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+pytest.importorskip("xllamacpp")
+
+from tunelet.cli import main
+from tunelet.errors import TuneletError
+from tunelet.infer import bench, gguf_export, gguf_file
+from tunelet.models import load
+from tunelet.runs import bench_page
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    """Both engines on the shipped model, as the verb writes it."""
+    folder = tmp_path_factory.mktemp("bench")
+    cache = tmp_path_factory.mktemp("cache")
+
+    def unproved(path, quant):  # the proof has tests of its own
+        gguf_file.write(load.resolve(path), cache / "starter.gguf", quant)
+        return gguf_export.Exported(cache / "starter.gguf", {})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(cache))
+        patch.setattr(gguf_export, "ready", unproved)
+        asked = ["bench", "starter", "--quant", "q8_0", "--clients", "1", "--clients", "2", "--prompt", "8"]
+        assert main([*asked, "--answer", "4", "--threads", "1", "--out", str(folder)]) == 0
+        found = json.loads((folder / "bench.json").read_text(encoding="utf-8"))
+        config = gguf_file.text_config(load.resolve("starter"))
+        assert bench.kept(config, 1)["cases"] == found["cases"]
+        assert bench.kept(config, 2) is None  # another number of threads is another machine
+    return found, folder
+
+
+def test_every_engine_has_its_figures(told):
+    found, _ = told
+    assert [(case["engine"], case["quant"] != "") for case in found["cases"]] == [("torch", True), ("llama.cpp", True)]
+    for case in found["cases"]:
+        assert [row["clients"] for row in case["clients"]] == [1, 2]
+        assert [row["tokens"] for row in case["clients"]] == [4, 8]
+        assert min(row["tokens_per_cpu_second"] for row in case["clients"]) > 0
+        assert case["first_token_seconds"] > 0 and case["load"]["cpu_seconds"] > 0
+        assert case["most_alone"] == pytest.approx(found["memory_bytes_per_second"] / case["bytes"])
+    torch, llama = found["cases"]
+    assert llama["peak_mb"] < torch["peak_mb"]  # it runs without torch
+    assert llama["bytes"] < torch["bytes"] or torch["quant"] == "float32"
+
+
+def test_the_page_shows_them(told):
+    found, folder = told
+    page = (folder / "bench.html").read_text(encoding="utf-8")
+    columns, rows = bench_page.table(found)
+    assert "torch" in page and "llama.cpp q8_0" in page and "<svg" in page
+    assert all(cell in page for row in rows for cell in row) and len(columns) == len(rows[0])
+
+
+def case(engine, **rates):
+    clients = [{"clients": int(n[1:]), "tokens_per_cpu_second": rate} for n, rate in rates.items()]
+    return {"engine": engine, "clients": clients}
+
+
+def test_the_faster_engine_depends_on_how_many_ask():
+    figures = {"cases": [case("torch", c1=10.0, c32=400.0), case("llama.cpp", c1=40.0, c32=150.0)]}
+    assert bench.fastest(figures, 1)[0] == "llama.cpp"
+    assert bench.fastest(figures, 24)[0] == "torch"
+    assert "400" in bench.fastest(figures, 32)[1] and "150" in bench.fastest(figures, 32)[1]
+    assert bench.fastest({"cases": figures["cases"][:1]}, 1) == ("torch", "nothing else was measured here")
+
+
+def test_what_the_model_cannot_read_is_refused(tmp_path, capsys):
+    with pytest.raises(TuneletError, match="this model reads 512"):
+        bench.run("starter", bench.cases(["torch"], [], "float32"), prompt=500, answer=50)
+    assert main(["bench", "starter", "--engine", "vllm", "--out", str(tmp_path)]) == 2
+    assert main(["bench", "starter", "--engine", "torch", "--quant", "q8_0", "--out", str(tmp_path)]) == 2
+    assert "--quant is for llama.cpp" in capsys.readouterr().err
