@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from benchmarks import evals, ladder, plan_grid, plot, process, report, rows, settings, shapes, train
+from benchmarks import evals, ladder, plan_grid, plot, process, report, rows, serve, settings, shapes, train
 from tunelet.errors import TuneletError
 
 
@@ -45,6 +45,22 @@ def parser() -> argparse.ArgumentParser:
     e.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     _common(e)
     e.set_defaults(run=evals.run)
+
+    v = verbs.add_parser("serve", help="the server beside a peer's, for one client and for many")
+    v.add_argument("--model", default="135M", metavar="M", help=f"a folder, starter, or {', '.join(shapes.SHAPES)}")
+    v.add_argument("--engine", choices=("torch", "llama.cpp"), default="llama.cpp", help="tunelet's")
+    v.add_argument("--quant", default="q8_0", metavar="Q", help="of llama.cpp's file, for both")
+    v.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of transformers")
+    v.add_argument("--peer", choices=serve.PEERS, help="default: tunelet alone")
+    v.add_argument("--pairs", type=_positive, default=3)
+    v.add_argument("--clients", type=_positive, nargs="+", default=[1, 4, 16, 32])
+    v.add_argument("--prompt", type=_positive, default=64, help="tokens of a prompt")
+    v.add_argument("--shared", type=int, default=0, help="tokens in front of it that all prompts share")
+    v.add_argument("--answer", type=_positive, default=64, help="tokens of an answer")
+    v.add_argument("--rounds", type=_positive, default=2, help="requests of each client, one after the other")
+    v.add_argument("--vocabulary", type=_positive, default=2000, help="prompts are made of token ids below it")
+    _common(v)
+    v.set_defaults(run=serve.run)
 
     s = verbs.add_parser("settings", help="which settings make the peer fastest on this machine")
     s.add_argument("--method", choices=("sft", "lora"), default="sft")

@@ -55,7 +55,7 @@ def measure(spec: Mapping[str, Any], label: str) -> dict[str, Any]:
     with subprocess.Popen(
         [sys.executable, "-m", "benchmarks.worker", str(folder / "spec.json")],
         cwd=ROOT,
-        env=_environment(spec["threads"]),
+        env=environment(spec["threads"]),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -81,7 +81,7 @@ def measure(spec: Mapping[str, Any], label: str) -> dict[str, Any]:
     return json.loads(out)
 
 
-def _environment(threads: int) -> dict[str, str]:
+def environment(threads: int) -> dict[str, str]:
     """What the user has, with as many threads for everybody, no network and no telemetry."""
     names = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     names |= {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}

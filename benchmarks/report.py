@@ -1,8 +1,9 @@
 """`python -m benchmarks report`: the tables of docs/benchmarks.md, made again from the JSON files beside it. No figure
 in that page is typed by hand.
 
-A table stands between two marks, which stay: <!-- train: a.json b.json -->, <!-- ladder: ladder.json --> or
-<!-- settings: a.json -->, and <!-- end -->. Files are of docs/benchmarks/; of one that is not there yet it is said so.
+A table stands between two marks, which stay: <!-- train: a.json b.json -->, <!-- ladder: ladder.json -->,
+<!-- settings: a.json --> or <!-- serve: a.json -->, and <!-- end -->. Files are of docs/benchmarks/; of one that is not
+there yet it is said so.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from tunelet.errors import TuneletError
 
 PAGE = process.ROOT / "docs" / "benchmarks.md"
 RESULTS = process.ROOT / "docs" / "benchmarks"
-BLOCK = re.compile(r"(<!-- (train|ladder|settings): ([\w. -]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (train|ladder|settings|serve): ([\w. -]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 NAMES = {"tunelet": "tunelet", "trl-default": "TRL, its defaults", "trl-best": "TRL, best CPU settings"}
 NAMES["tunelet-unshared"] = "tunelet, prompts read twice"
 
@@ -45,7 +46,8 @@ def fill(text: str, results: Path) -> str:
     """`text` with every table between marks made again."""
 
     def block(found: re.Match[str]) -> str:
-        made = {"train": train_table, "ladder": ladder_table, "settings": settings_table}[found[2]]
+        tables = {"train": train_table, "ladder": ladder_table, "settings": settings_table, "serve": serve_table}
+        made = tables[found[2]]
         files = [results / name for name in found[3].split()]
         here = [(file.name, load(file)) for file in files if file.exists()]
         missing = [f"`{file.name}` has not been measured yet." for file in files if not file.exists()]
@@ -59,7 +61,7 @@ def load(file: Path) -> dict[str, Any]:
     """A results file. Raises TuneletError where it is not one."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        if content.get("benchmark") in ("train", "ladder", "settings"):
+        if content.get("benchmark") in ("train", "ladder", "settings", "serve"):
             return content
         why = "it has no benchmark in it"
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
@@ -136,6 +138,38 @@ def ladder_table(files: Sequence[tuple[str, dict[str, Any]]]) -> str:
                 f"| {rate:,.0f} | {100 * rung['gemm_fraction']:.0f} | {rung['peak_mb']:,.0f} |"
             )
     return "\n".join(lines)
+
+
+def serve_table(files: Sequence[tuple[str, dict[str, Any]]]) -> str:
+    """Markdown: for each file tunelet's server, the peer, and the ratio, by number of clients."""
+    clients = sorted({int(n) for _, content in files for n in content["rates"]["tunelet"]})
+    titles = [f"{n} client{'' if n == 1 else 's'}" for n in clients]
+    lines = [f"| tokens/CPU-s | {' | '.join(titles)} | MB |", "|---|" + "--:|" * (len(clients) + 1)]
+    for _, content in files:
+        engine = content["engine"] + (f" {content['quant']}" if content["engine"] == "llama.cpp" else "")
+        shared = f", {content['shared']} tokens shared" if content["shared"] else ""
+        for name, rates in content["rates"].items():
+            told = f"tunelet, {engine}{shared}" if name == "tunelet" else PEER_SERVERS[name].format(**content)
+            cells = [f"{rates[str(n)]:,.0f}" if str(n) in rates else "" for n in clients]
+            lines.append(f"| {told} | {' | '.join(cells)} | {content['rss_mb'][name]:,.0f} |")
+        if content["peer"]:
+            cells = [f"**{content['ratios'][str(n)]:.2f}x**" if str(n) in rates else "" for n in clients]
+            lines.append(f"| ratio | {' | '.join(cells)} | |")
+    notes = dict.fromkeys(_served(content) for _, content in files)
+    return "\n".join(lines) + "\n\n" + "\n\n".join(notes)
+
+
+PEER_SERVERS = {"llama-server": "llama.cpp's own server, {quant}", "transformers": "transformers' generate, {dtype}"}
+
+
+def _served(content: dict[str, Any]) -> str:
+    threads, pairs = content["threads"], content["pairs_done"]
+    return (
+        f"{content['model']} shape, {threads} thread{'s' if threads > 1 else ''} of {content['machine']['cpu']}; "
+        f"prompts of {content['prompt'] + content['shared']} tokens, answers of {content['answer']}, "
+        f"{content['rounds']} one after the other from each client; median of {pairs} pair{'s' if pairs > 1 else ''}; "
+        f"{content['time'][:10]}."
+    )
 
 
 def settings_table(files: Sequence[tuple[str, dict[str, Any]]]) -> str:
