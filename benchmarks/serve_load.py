@@ -4,6 +4,8 @@
 that the request's schema fixes, or what the model answered to the same prompt before the load. Every refusal has to be
 429 with Retry-After, memory has to stay within 10 %, clients that are killed have to free their slots within a second,
 and SIGTERM has to finish what is under way. Not for throughput: the clients share the machine with the server.
+
+The torch engine has no schemas: there only answers of before are compared, for which it has to be `--dtype float32`.
 """
 
 from __future__ import annotations
@@ -89,15 +91,27 @@ def text_of(reply: bytes) -> str:
     return json.loads(reply)["choices"][0]["message"]["content"]
 
 
-async def client(server: Server, models: dict[str, dict[str, str]], found: Found, until: float, chance: random.Random):
+def fixed(nonce: str) -> dict:
+    """Fields of a request that only `nonce` answers."""
+    schema = {"name": "x", "schema": {"const": nonce}}
+    return {"response_format": {"type": "json_schema", "json_schema": schema}}
+
+
+async def client(
+    server: Server,
+    models: dict[str, dict[str, str]],
+    found: Found,
+    until: float,
+    chance: random.Random,
+    schemas: bool,
+):
     while time.monotonic() < until:
         model = chance.choice(list(models))
         prompt = chance.choice(PROMPTS)
         expected, fields = models[model][prompt], {}
-        if chance.random() < 0.5:
-            expected = json.dumps(secrets.token_hex(8))
-            schema = {"const": json.loads(expected)}
-            fields = {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}}
+        if schemas and chance.random() < 0.5:
+            nonce = secrets.token_hex(8)
+            expected, fields = json.dumps(nonce), fixed(nonce)
         leave = chance.random() < 0.05
         began = time.monotonic()
         try:
@@ -169,8 +183,11 @@ async def measure(options: argparse.Namespace, server: Server) -> dict:
         name: {p: text_of((await server.ask("/v1/chat/completions", request(name, p)))[2]) for p in PROMPTS}
         for name in names
     }
+    status = (await server.ask("/v1/chat/completions", request(names[0], PROMPTS[0], **fixed("a"))))[0]
     found, until = Found(), time.monotonic() + options.seconds
-    clients = [client(server, models, found, until, random.Random(number)) for number in range(options.clients)]
+    clients = [
+        client(server, models, found, until, random.Random(number), status == 200) for number in range(options.clients)
+    ]
     await asyncio.gather(watch(server, found, until), *clients)
     while await server.busy():
         await asyncio.sleep(0.02)
