@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("xllamacpp")
 
 from tests.chat_server import ChatServer
+from tests.infer.test_export import make_adapter, make_base
 from tunelet.cli import main
 from tunelet.errors import TuneletError
 from tunelet.infer import bench, choose, gguf_export, gguf_file
@@ -140,3 +141,11 @@ def test_an_address_cannot_do_everything(server, tmp_path, capsys):
 def test_an_address_that_is_not_there(loopback):
     with pytest.raises(TuneletError, match="can't be reached"):
         RemoteEngine("http://127.0.0.1:9/v1")
+
+
+def test_an_adapters_shape_is_its_bases(tmp_path, tiny_tokenizer, cache, monkeypatch):
+    base = make_base(tmp_path / "base", tiny_tokenizer)
+    adapter = make_adapter(base, tmp_path / "adapter", tokenizer=tiny_tokenizer)
+    monkeypatch.setattr(gguf_export, "there", lambda *_: gguf_export.Exported(tmp_path / "x.gguf", {}))
+    assert bench.base_of(str(adapter)) == base
+    assert choose.choose(str(adapter), "auto", 1).engine == "llama.cpp"

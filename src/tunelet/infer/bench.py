@@ -67,8 +67,8 @@ def run(
     from tunelet.models import device, load, weights
 
     choice = device.choose(threads=threads)
-    folder = load.resolve(model)
-    config = gguf_file.text_config(folder)
+    base = base_of(model)
+    config = gguf_file.text_config(base)
     most = context_length(config)
     if most and prompt + answer > most:
         raise TuneletError(
@@ -76,7 +76,6 @@ def run(
             fix="give smaller ones",
         )
     found = []
-    base = load.base_of(folder) if (folder / "adapter_config.json").is_file() else folder
     parameters = weights.count_parameters(base)
     tokenizer = load.tokenizer_folder(model)
     speed = bandwidth(choice.threads)
@@ -149,6 +148,14 @@ def bandwidth(threads: int) -> float:
     finally:
         torch.set_num_threads(before)
     return rows * 4096 * 4 / best
+
+
+def base_of(model: str) -> Path:
+    """The folder whose config.json says what shape a model, a run, or an adapter's base has."""
+    from tunelet.models import load
+
+    folder = load.resolve(model)
+    return load.base_of(folder) if (folder / "adapter_config.json").is_file() else folder
 
 
 def machine(threads: int) -> dict[str, Any]:

@@ -54,6 +54,6 @@ def choose(model: str, engine: str, at_once: int) -> Chosen:
 
 def _measured(model: str) -> dict[str, Any] | None:
     from tunelet.infer import bench, gguf_file
-    from tunelet.models import device, load
+    from tunelet.models import device
 
-    return bench.kept(gguf_file.text_config(load.resolve(model)), device.choose().threads)
+    return bench.kept(gguf_file.text_config(bench.base_of(model)), device.choose().threads)
