@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -14,7 +16,7 @@ from tunelet.cli import main
 from tunelet.errors import TuneletError
 from tunelet.infer import bench, choose, gguf_export, gguf_file
 from tunelet.infer.remote import RemoteEngine
-from tunelet.models import device, load
+from tunelet.models import load
 
 
 @pytest.fixture
@@ -44,15 +46,14 @@ def test_llama_cpp_for_one_where_its_file_is_there(file):
 
 
 def test_what_was_measured_here_decides(file):
-    config, threads = gguf_file.text_config(load.resolve("starter")), device.choose().threads
     clients = [{"clients": n, "tokens_per_cpu_second": 0.0} for n in (1, 32)]
 
     def case(engine, alone, many):
         rows = [{**row, "tokens_per_cpu_second": rate} for row, rate in zip(clients, (alone, many), strict=True)]
         return {"engine": engine, "clients": rows}
 
-    told = {"machine": bench.machine(threads), "shape": bench.shape(config)}
-    bench._keep({**told, "cases": [case("torch", 90.0, 100.0), case("llama.cpp", 40.0, 300.0)]})
+    told = {"cases": [case("torch", 90.0, 100.0), case("llama.cpp", 40.0, 300.0)]}
+    bench._keep(told, load.resolve("starter"))
     assert choose.choose("starter", "auto", 1).engine == "torch"
     many = choose.choose("starter", "auto", 32)
     assert many.engine == "llama.cpp" and "300" in many.reason
@@ -147,5 +148,15 @@ def test_an_adapters_shape_is_its_bases(tmp_path, tiny_tokenizer, cache, monkeyp
     base = make_base(tmp_path / "base", tiny_tokenizer)
     adapter = make_adapter(base, tmp_path / "adapter", tokenizer=tiny_tokenizer)
     monkeypatch.setattr(gguf_export, "there", lambda *_: gguf_export.Exported(tmp_path / "x.gguf", {}))
-    assert bench.base_of(str(adapter)) == base
+    bench._keep({"cases": []}, base)
+    assert bench.kept(str(adapter)) == {"cases": []}
+    bench._kept(base).unlink()
     assert choose.choose(str(adapter), "auto", 1).engine == "llama.cpp"
+
+
+def test_choosing_llama_cpp_loads_no_torch(file):
+    """A chat on llama.cpp begins at once."""
+    code = "import sys; from tunelet.infer import bench, choose, gguf_export; gguf_export.there = lambda *_: 1; "
+    code += "print(choose.choose('starter', 'auto', 1).engine, 'torch' in sys.modules)"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told.stdout.split() == ["llama.cpp", "False"]

@@ -115,3 +115,23 @@ def test_what_does_not_go_together_is_refused(tiny_model_folder, adapter):
         opened({"s": "starter"}, {"a": str(adapter)}, engine="torch")
     with pytest.raises(TuneletError, match="reads at most 512"):
         opened(base, engine="torch", context=513)
+
+
+def test_auto_says_where_torch_was_measured_to_be_faster(tmp_path, monkeypatch):
+    from tunelet.infer import bench
+
+    rows = {"torch": (10.0, 300.0), "llama.cpp": (40.0, 100.0)}
+    cases = [
+        {
+            "engine": name,
+            "clients": [{"clients": n, "tokens_per_cpu_second": of} for n, of in zip((1, 32), both, strict=True)],
+        }
+        for name, both in rows.items()
+    ]
+    monkeypatch.setattr(gguf_export, "ready", lambda *_: gguf_export.Exported(tmp_path / "x.gguf", {}))
+    monkeypatch.setattr(bench, "kept", lambda _: {"cases": cases})
+    for slots, engine, hinted in ((32, "auto", True), (2, "auto", False), (32, "llama.cpp", False)):
+        told: list[str] = []
+        file, _ = opening._gguf("m", "starter", opening.Options(slots=slots, engine=engine), told.append)
+        assert file == tmp_path / "x.gguf"
+        assert any("--engine torch would be faster for 32" in line for line in told) is hinted

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tunelet.errors import TuneletError
+from tunelet.infer import gguf_source
 from tunelet.runs import environment, history
 from tunelet.runs.files import finite, write_atomically
 
@@ -26,7 +27,9 @@ QUANTS = ("q8_0", "q4_0")
 PROMPT, ANSWER = 128, 64  # tokens
 REPEATS = 5  # of a single prompt's first token
 READ_MB = 256  # to find how fast memory is read: larger than any cache that one core has to itself
-MANY = 8  # clients from which on the rate of many counts, not that of one
+# What of a model its speed depends on, by its names in config.json.
+SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+SHAPE += ("intermediate_size", "vocab_size")
 
 Progress = Callable[[str], None]
 
@@ -67,7 +70,8 @@ def run(
     from tunelet.models import device, load, weights
 
     choice = device.choose(threads=threads)
-    base = base_of(model)
+    of = gguf_source.source(model)
+    base = of.base or of.folder
     config = gguf_file.text_config(base)
     most = context_length(config)
     if most and prompt + answer > most:
@@ -107,7 +111,6 @@ def run(
         found.append({"engine": case.engine, "quant": case.quant, "bytes": size, "most_alone": speed / size, **figures})
     told = {
         "model": model,
-        "shape": shape(config),
         "parameters": parameters,
         "machine": machine(choice.threads),
         "prompt": prompt,
@@ -115,7 +118,8 @@ def run(
         "memory_bytes_per_second": speed,
         "cases": found,
     }
-    _keep(told)
+    if not threads:
+        _keep(told, base)
     return told
 
 
@@ -150,43 +154,33 @@ def bandwidth(threads: int) -> float:
     return rows * 4096 * 4 / best
 
 
-def base_of(model: str) -> Path:
-    """The folder whose config.json says what shape a model, a run, or an adapter's base has."""
-    from tunelet.models import load
-
-    folder = load.resolve(model)
-    return load.base_of(folder) if (folder / "adapter_config.json").is_file() else folder
-
-
 def machine(threads: int) -> dict[str, Any]:
     return {"cpu": environment.cpu_name(), "threads": threads}
-
-
-def shape(config: Any) -> str:
-    """What of a model its speed depends on."""
-    keys = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    keys += ("intermediate_size", "vocab_size")
-    return " ".join(str(getattr(config, key, "")) for key in keys)
 
 
 # -- kept for the choice ----------------------------------------------------------------------------------------------
 
 
-def _kept(machine_: Mapping[str, Any], shape_: str) -> Path:
-    key = hashlib.sha256(json.dumps([machine_, shape_], sort_keys=True).encode()).hexdigest()[:16]
-    return history.cache() / "bench" / f"{key}.json"
+def _kept(base: Path) -> Path:
+    """Where the figures of a model with the shape of `base` are kept, for this machine and all the cores one may use.
+    Read from config.json alone: whoever chooses an engine has not loaded torch yet."""
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    config = config.get("text_config", config)
+    told = [environment.cpu_name(), environment.usable_cores(), *(config.get(key) for key in SHAPE)]
+    return history.cache() / "bench" / f"{hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]}.json"
 
 
-def _keep(told: Mapping[str, Any]) -> None:
-    path = _kept(told["machine"], told["shape"])
+def _keep(told: Mapping[str, Any], base: Path) -> None:
+    path = _kept(base)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(finite(told)))
 
 
-def kept(config: Any, threads: int) -> dict[str, Any] | None:
-    """The figures measured last on this machine for a model of this shape."""
+def kept(model: str) -> dict[str, Any] | None:
+    """The figures measured last on this machine for a model of this one's shape."""
+    of = gguf_source.source(model)
     try:
-        return json.loads(_kept(machine(threads), shape(config)).read_text(encoding="utf-8"))
+        return json.loads(_kept(of.base or of.folder).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
 

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
-from typing import Any
 
 from tunelet.errors import TuneletError, did_you_mean
-from tunelet.infer import gguf_export
+from tunelet.infer import bench, gguf_export
 from tunelet.infer.endpoint import is_url
 
 ENGINES = ("auto", "torch", "llama.cpp")
@@ -42,18 +41,9 @@ def choose(model: str, engine: str, at_once: int) -> Chosen:
         return Chosen("torch", "llama.cpp is not installed")
     if gguf_export.there(model, QUANT) is None:
         return Chosen("torch", "llama.cpp has no file of it, which tunelet export --to gguf makes")
-    measured = _measured(model)
+    measured = bench.kept(model)
     if measured is not None:
-        from tunelet.infer import bench
-
         return Chosen(*bench.fastest(measured, at_once))
     if at_once == 1:
         return Chosen("llama.cpp", "its proved file is there, and has half the bytes to read for a token")
     return Chosen("torch", "nothing is measured for many at once, which tunelet bench does")
-
-
-def _measured(model: str) -> dict[str, Any] | None:
-    from tunelet.infer import bench, gguf_file
-    from tunelet.models import device
-
-    return bench.kept(gguf_file.text_config(bench.base_of(model)), device.choose().threads)

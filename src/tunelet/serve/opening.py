@@ -129,15 +129,21 @@ def _gguf(name: str, path: str, options: Options, tell: Callable[[str], None]) -
         return None, ""
     if options.engine == "auto" and importlib.util.find_spec("xllamacpp") is None:
         return None, " (llama.cpp is not installed)"
-    from tunelet.infer import gguf_export
+    from tunelet.infer import bench, gguf_export
 
     tell(f"{name}: looking for its GGUF file, which is made and proved once")
     try:
-        return gguf_export.ready(path, options.quant).file, ""
+        file = gguf_export.ready(path, options.quant).file
     except TuneletError as error:
         if options.engine != "auto":
             raise
         return None, f" ({error.why or error.what})"
+    measured = bench.kept(path) if options.engine == "auto" else None
+    if measured is not None:
+        fastest, why = bench.fastest(measured, options.slots)
+        if fastest == "torch":  # not taken by itself: it has no JSON schemas and no calls that are required
+            tell(f"{name}: --engine torch would be faster for {options.slots} at once ({why}); it has no JSON schemas")
+    return file, ""
 
 
 def _renderer(path: str, template: str) -> Renderer:
