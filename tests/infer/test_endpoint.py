@@ -85,6 +85,14 @@ def test_other_failures_are_not_repeated(server, slept):
     assert len(server.asked) == 1 and not slept
 
 
+def test_what_the_server_says_of_its_refusal_is_passed_on(server):
+    told = json.dumps({"error": {"message": "There is no model 'b'. Served are: a."}})
+    server.script = lambda question, body: (404, told.encode())
+    with pytest.raises(TuneletError) as refused:
+        Endpoint(server.url).chat(USER)
+    assert refused.value.why == "There is no model 'b'. Served are: a."
+
+
 @pytest.mark.parametrize("status", [302, 307, 401, 403, 404])
 def test_what_every_request_would_meet_ends_it(server, status):
     server.script = lambda question, body: (status, "", {"Location": server.url})

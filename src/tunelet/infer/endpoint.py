@@ -155,6 +155,7 @@ class Endpoint:
             if error.code in (401, 403, 404) or 300 <= error.code < 400:
                 raise TuneletError(
                     f"{self.url}: answered {error.code} {error.reason}",
+                    why=_told(_read(error)).removeprefix(": "),
                     fix=f"check the address, the model's name behind # and the key in {KEYS[0]}",
                 ) from error
             return error.code, _read(error), _wait(error.headers.get("Retry-After"))
