@@ -134,18 +134,27 @@ def test_a_cancelled_request_ends_at_once_also_while_it_waits(made):
     assert answer(engine, Request([5, 6], 3))[-1].finish == "length"
 
 
-def test_a_step_that_fails_is_told_and_the_engine_goes_on(made):
-    engine = made(tiny(), slots=2)
-    forward = engine._forward
+@pytest.mark.parametrize("where", ["_forward", "_begin", "_token", "join"])
+def test_what_fails_is_told_to_all_and_the_engine_goes_on(made, where):
+    """Wherever it happens: while prompts are laid out or read, when a row joins, in a step."""
+    engine = made(tiny(), slots=3)
+    wanted = answer(engine, Request([5, 6], 3))
+    place = engine._slots if where == "join" else engine
+    whole = getattr(place, where)
 
     def broken(*args):
-        engine._forward = forward
+        setattr(place, where, whole)
         raise RuntimeError("planted")
 
-    engine._forward = broken
-    last = answer(engine, Request([5, 6], 3))[-1]
-    assert last.finish == "error" and "planted" in last.error
-    assert answer(engine, Request([5, 6], 3))[-1].finish in ("length", "stop")
+    setattr(place, where, broken)
+    told = [queue.Queue() for _ in range(3)]
+    for one in told:
+        engine.submit(Request([5, 6], 3), one.put)
+    ends = [collect(one, 10)[-1] for one in told]
+    assert any(end.finish == "error" and "planted" in end.error for end in ends)
+    assert all(end.finish in ("error", wanted[-1].finish) for end in ends)
+    assert answer(engine, Request([5, 6], 3)) == wanted
+    assert not engine._alive
 
 
 def test_closing_ends_what_is_under_way(made):

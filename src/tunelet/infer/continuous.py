@@ -100,6 +100,7 @@ class ContinuousEngine(Submitting):
         self._device = next(model.parameters()).device
         self._layers = len(make_cache(model.config, 1).layers)
         self._slots = SlotCache(self._layers, slots, self._length + self._before)
+        self._alive: set[_Row] = set()  # all that have not been told their end
         self._rows: list[_Row] = []
         self._prefixes = Prefixes(prefix_mb)
         self._waiting: deque[_Row] = deque()
@@ -137,6 +138,7 @@ class ContinuousEngine(Submitting):
         with self._word:
             if self._ended:
                 raise TuneletError("the engine has been closed")
+            self._alive.add(row)
             self._waiting.append(row)
             self._word.notify()
         return row
@@ -174,7 +176,7 @@ class ContinuousEngine(Submitting):
             for row in gone:
                 self._waiting.remove(row)
         for row in gone:
-            row.emit(Piece(None, "", finish="cancelled"))
+            self._tell_end(row, "cancelled")
         if self._reading is None:
             self._reading = self._next()
         if self._reading is not None:
@@ -183,15 +185,20 @@ class ContinuousEngine(Submitting):
             self._step()
 
     def _fail(self, error: Exception | None) -> None:
-        """All that is under way ends here; None: because the engine does."""
+        """All that is under way ends here, wherever it was; None: because the engine does."""
         with self._word:
-            gone = [*self._waiting, *(self._reading.rows if self._reading else ()), *self._rows]
+            gone = list(self._alive)
             self._waiting.clear()
         self._reading, self._rows = None, []
         self._slots = SlotCache(self._layers, self.slots, self._length + self._before)
+        told = "" if error is None else f"{type(error).__name__}: {error}"
         for row in gone:
-            told = "" if error is None else f"{type(error).__name__}: {error}"
-            row.emit(Piece(None, row.text.finish(), finish="error" if told else "cancelled", error=told))
+            self._tell_end(row, "error" if told else "cancelled", told)
+
+    def _tell_end(self, row: _Row, finish: str, error: str = "") -> None:
+        with self._word:
+            self._alive.discard(row)
+        row.emit(Piece(None, row.text.finish(), finish=finish, error=error))
 
     # -- joining ------------------------------------------------------------------------------------------------------
 
@@ -306,14 +313,14 @@ class ContinuousEngine(Submitting):
                 for layer in reading.cache.layers
             ]
             if row.cancelled or not row.most:
-                row.emit(Piece(None, "", finish="cancelled" if row.cancelled else "length"))
+                self._tell_end(row, "cancelled" if row.cancelled else "length")
                 continue
             if (finish := self._token(row, logits[place])) is None:
                 self._slots.join(pairs)
                 self._rows.append(row)
             else:
                 self._prefixes.keep(row.ids[: length - self._before], [(k.clone(), v.clone()) for k, v in pairs])
-                row.emit(Piece(None, row.text.finish(), finish=finish))
+                self._tell_end(row, finish)
 
     # -- going on -----------------------------------------------------------------------------------------------------
 
@@ -367,7 +374,7 @@ class ContinuousEngine(Submitting):
         self._slots.leave(place)
         self._rows[place] = self._rows[-1]
         self._rows.pop()
-        row.emit(Piece(None, row.text.finish(), finish=finish))
+        self._tell_end(row, finish)
 
     def _check_layers(self) -> None:
         """Raises TuneletError for a model that keeps something else than keys and values of each token."""
