@@ -127,6 +127,24 @@ def test_an_address_answers_a_file_in_order(server, tmp_path):
     assert {(row["tokens"], row["finish"]) for row in rows} == {(3, "stop")}
 
 
+def test_an_address_is_heard_as_it_answers(server):
+    from tunelet.data.examples import Message
+
+    engine = RemoteEngine(server.url)
+    pieces = [json.dumps({"choices": [{"delta": {"content": f"{n} "}}]}) for n in range(3)]
+    sent = "".join(f"data: {piece}\n\n" for piece in pieces).encode()
+    server.script = lambda question, body: (200, sent, {"Content-Type": "text/event-stream"})
+    stream = engine.stream([Message("user", "count")], max_new_tokens=9)
+    assert next(stream) == "0 "
+    assert list(stream) == ["1 ", "2 "]
+    stopped = engine.stream([Message("user", "count")], max_new_tokens=9)
+    next(stopped)
+    stopped.close()
+    with pytest.raises(TuneletError, match="did not answer"):
+        server.script = lambda question, body: (500, "")
+        list(engine.stream([Message("user", "count")], max_new_tokens=9))
+
+
 def test_an_address_cannot_do_everything(server, tmp_path, capsys):
     base = ["chat", "--prompt", "x", "--engine", server.url]
     for flags, told in (

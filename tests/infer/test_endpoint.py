@@ -57,6 +57,47 @@ def test_logprobs_are_passed_on(server):
     assert Endpoint(server.url).chat(USER, top_logprobs=1) == Reply("A", "", None, {"content": [1]})
 
 
+def events(*chunks, end="data: [DONE]\n\n"):
+    """A server's stream of these chunks, with the lines that a client has to pass over."""
+    text = ": ping\n\n" + "".join(f"event: x\ndata: {json.dumps(chunk)}\n\n" for chunk in chunks) + end
+    return 200, text.encode(), {"Content-Type": "text/event-stream; charset=utf-8"}
+
+
+def delta(text, **more):
+    return {"choices": [{"delta": {"content": text}, "finish_reason": None, **more}]}
+
+
+def test_a_stream_is_heard_piece_by_piece(server):
+    chunks = [
+        {"choices": [{"delta": {"role": "assistant"}}]},
+        delta("거실 "),
+        delta("불"),
+        delta(None, finish_reason="length"),
+        {"choices": [], "usage": {"completion_tokens": 2}},
+    ]
+    server.script = lambda question, body: events(*chunks)
+    heard: list[str] = []
+    assert Endpoint(server.url).chat(USER, heard=heard.append) == Reply("거실 불", "length", 2)
+    assert heard == ["거실 ", "불"] and server.asked[-1][1]["stream"] is True
+    server.script = lambda question, body: "At once."  # a server that does not stream
+    assert Endpoint(server.url).chat(USER, heard=heard.append).text == heard[-1] == "At once."
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (events(delta("A"), {"error": {"message": "out of memory"}}), "out of memory"),
+        (events(end="data: {broken\n\n"), "not OpenAI-compatible"),
+        (events([1]), "not OpenAI-compatible"),
+        ((200, b"data: " + b"x" * 5_000_000, {"Content-Type": "text/event-stream"}), "longer than"),
+    ],
+)
+def test_a_stream_that_breaks_is_no_answer(server, answer, told):
+    server.script = lambda question, body: answer
+    with pytest.raises(Unanswered, match=told):
+        Endpoint(server.url).chat(USER, heard=lambda piece: None)
+
+
 def test_a_busy_server_is_asked_again(server, slept):
     answers = iter([(429, "", {"Retry-After": "3"}), (503, ""), (429, "", {"Retry-After": "soon"}), "Here."])
     server.script = lambda question, body: next(answers)

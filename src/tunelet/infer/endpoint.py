@@ -12,7 +12,7 @@ import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -104,10 +104,12 @@ class Endpoint:
         stop: Sequence[str] = (),
         top_logprobs: int | None = None,
         schema: Mapping[str, Any] | None = None,
+        heard: Callable[[str], None] | None = None,
     ) -> Reply:
         """The answer to `messages` (dicts with role and content). What is None is left to the server. top_logprobs: ask
         for log-probabilities, of so many alternatives to each token. schema: a JSON schema the answer is to have, left
-        out for a server that does not know such: the messages should ask for it, too.
+        out for a server that does not know such: the messages should ask for it, too. heard: is given the answer's text
+        piece by piece, as the server sends it; what it raises ends the request.
 
         A server that is busy (429, 503) is asked again, RETRIES times, after what it says (Retry-After) or 1, 2, 4, ...
         seconds. Raises Unanswered for an answer that cannot be used, TuneletError where the endpoint can't be reached
@@ -123,25 +125,27 @@ class Endpoint:
         if schema is not None and not self._plain:
             told = {"name": "answer", "schema": dict(schema), "strict": True}
             body["response_format"] = {"type": "json_schema", "json_schema": told}
-        status, answer = self._patiently(body)
+        if heard:
+            body["stream"] = True
+        status, answer = self._patiently(body, heard)
         if status == 400 and "response_format" in body:  # many servers know no structured output
             self._plain = True
             del body["response_format"]
-            status, answer = self._patiently(body)
+            status, answer = self._patiently(body, heard)
         if status != 200:
             raise Unanswered(f"the endpoint answered {status}{_told(answer)}")
         return _reply(answer)
 
-    def _patiently(self, body: Mapping[str, Any]) -> tuple[int, bytes]:
+    def _patiently(self, body: Mapping[str, Any], heard: Callable[[str], None] | None) -> tuple[int, bytes]:
         for tried in range(RETRIES + 1):
-            status, answer, wait = self._post(body)
+            status, answer, wait = self._post(body, heard)
             wait = 2.0**tried if wait is None else wait
             if status not in BUSY or tried == RETRIES or wait > LONGEST_WAIT:
                 return status, answer
             time.sleep(wait)
         raise AssertionError("the last try returns")
 
-    def _post(self, body: Mapping[str, Any]) -> tuple[int, bytes, float | None]:
+    def _post(self, body: Mapping[str, Any], heard: Callable[[str], None] | None) -> tuple[int, bytes, float | None]:
         """(status, body, seconds that the server asks to wait) of one request."""
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
         data = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")  # a lone surrogate is no text
@@ -149,7 +153,7 @@ class Endpoint:
         try:
             with self._open(request, timeout=TIMEOUT) as reply:
                 self._answered = True
-                answer = reply.read(MOST + 1)
+                answer = _streamed(reply, heard) if heard else reply.read(MOST + 1)
         except urllib.error.HTTPError as error:
             self._answered = True
             if error.code in (401, 403, 404) or 300 <= error.code < 400:
@@ -197,6 +201,38 @@ def _reply(answer: bytes) -> Reply:
         tokens if isinstance(tokens, int) else None,
         choice.get("logprobs"),
     )
+
+
+def _streamed(reply: Any, heard: Callable[[str], None]) -> bytes:
+    """The whole answer, as a server gives it that does not stream, of server-sent events whose text `heard` is told."""
+    if "text/event-stream" not in reply.headers.get("Content-Type", ""):  # it does not stream
+        answer = reply.read(MOST + 1)
+        heard(_reply(answer).text)
+        return answer
+    text, finish, usage, size = [], None, None, 0
+    for line in reply:
+        size += len(line)
+        field, _, data = line.partition(b":")
+        if size > MOST or data.strip() == b"[DONE]":
+            break
+        if field != b"data":
+            continue
+        try:
+            chunk = json.loads(data)
+            choice = (chunk.get("choices") or [{}])[0]
+            piece = choice.get("delta", {}).get("content") or ""
+            finish, usage = choice.get("finish_reason") or finish, chunk.get("usage") or usage
+        except (ValueError, IndexError, TypeError, AttributeError, RecursionError) as error:
+            raise Unanswered("the endpoint's answer is not OpenAI-compatible") from error
+        if "error" in chunk:
+            raise Unanswered(f"the endpoint ended its answer{_told(data)}")
+        if piece:
+            text.append(piece)
+            heard(piece)
+    if size > MOST:
+        return bytes(MOST + 1)
+    choices = [{"message": {"content": "".join(text)}, "finish_reason": finish}]
+    return json.dumps({"choices": choices, "usage": usage}).encode()
 
 
 def _read(error: urllib.error.HTTPError) -> bytes:

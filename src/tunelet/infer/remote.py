@@ -6,13 +6,15 @@ messages themselves here, not token ids.
 
 from __future__ import annotations
 
+import queue
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from typing import Any
 
 from tunelet.data.examples import Message
 from tunelet.errors import TuneletError
-from tunelet.infer.endpoint import Endpoint, Reply, Unanswered
+from tunelet.infer.endpoint import Endpoint, Unanswered
 from tunelet.infer.request import Completion, mixed
 
 Prompt = Sequence[Message]
@@ -55,9 +57,13 @@ class RemoteEngine:
         stop: Sequence[str] = (),
         batch_size: int = 64,
         progress: Callable[[int], None] | None = None,
+        heard: Callable[[str], None] | None = None,
     ) -> list[Completion]:
-        """`batch_size`: requests in flight at once. Raises TuneletError for settings that the API has no word for, and
-        where an answer cannot be had: what is half done is kept by whoever asked (see batch.py)."""
+        """`batch_size`: requests in flight at once. heard: gets the text of all of them as it comes.
+
+        Raises TuneletError for settings that the API has no word for, and where an answer cannot be had: what is half
+        done is kept by whoever asked (see batch.py).
+        """
         if top_k or repetition_penalty != 1:
             raise TuneletError(
                 "top_k and repetition_penalty are not part of the API of an address", fix="leave them out: --top-p"
@@ -65,7 +71,16 @@ class RemoteEngine:
         done: list[Completion | None] = [None] * len(prompts)
         with ThreadPoolExecutor(max(1, batch_size)) as pool:
             asked = {
-                pool.submit(self._answer, prompt, max_new_tokens, temperature, top_p, mixed(seed, index), stop): index
+                pool.submit(
+                    self._answer,
+                    prompt,
+                    heard,
+                    max_tokens=max_new_tokens,
+                    temperature=temperature,
+                    top_p=top_p,
+                    seed=mixed(seed, index),
+                    stop=stop,
+                ): index
                 for index, prompt in enumerate(prompts)
             }
             try:
@@ -79,23 +94,32 @@ class RemoteEngine:
         return [one for one in done if one is not None]
 
     def stream(self, prompt: Prompt, *, max_new_tokens: int, **options: Any) -> Iterator[str]:
-        """The whole answer as one piece."""
-        [done] = self.generate([prompt], max_new_tokens=max_new_tokens, batch_size=1, **options)
-        yield done.text
+        """The answer in pieces, as the server sends them. A generator that is closed closes the connection."""
+        told: queue.SimpleQueue[str | Future[list[Completion]]] = queue.SimpleQueue()
+        closed = threading.Event()
+
+        def heard(piece: str) -> None:
+            if closed.is_set():
+                raise TuneletError("nobody listens any more")
+            told.put(piece)
+
+        pool = ThreadPoolExecutor(1)
+        asked = pool.submit(
+            self.generate, [prompt], max_new_tokens=max_new_tokens, batch_size=1, heard=heard, **options
+        )
+        asked.add_done_callback(told.put)
+        try:
+            while isinstance(piece := told.get(), str):
+                yield piece
+            [done] = piece.result()
+        finally:
+            closed.set()
+            pool.shutdown(wait=False)  # it ends with the next piece; nobody waits for that
         return done
 
-    def _answer(
-        self, prompt: Prompt, most: int, temperature: float, top_p: float, seed: int, stop: Sequence[str]
-    ) -> Completion:
+    def _answer(self, prompt: Prompt, heard: Callable[[str], None] | None, **settings: Any) -> Completion:
         try:
-            reply: Reply = self._endpoint.chat(
-                [message.as_dict() for message in prompt],
-                temperature=temperature,
-                top_p=top_p,
-                max_tokens=most,
-                seed=seed,
-                stop=stop,
-            )
+            reply = self._endpoint.chat([message.as_dict() for message in prompt], heard=heard, **settings)
         except Unanswered as error:
             raise TuneletError(
                 f"{self.name}: did not answer a prompt", why=str(error), fix="give the same command to go on"
