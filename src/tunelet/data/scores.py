@@ -31,7 +31,8 @@ def number(value: Any) -> float | None:
     if isinstance(value, str) and not NUMBER.fullmatch(value):
         return None
     try:
-        found = float(value)
+        # stripped here: float does not take every sign that \s and strip call white space
+        found = float(value.strip() if isinstance(value, str) else value)
     except OverflowError:  # an integer of more than 308 digits
         return None
     return found if math.isfinite(found) else None
