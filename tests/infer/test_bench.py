@@ -59,17 +59,24 @@ def test_the_page_shows_them(told):
     assert all(cell in page for row in rows for cell in row) and len(columns) == len(rows[0])
 
 
-def case(engine, **rates):
+def case(engine, quant, **rates):
     clients = [{"clients": int(n[1:]), "tokens_per_cpu_second": rate} for n, rate in rates.items()]
-    return {"engine": engine, "clients": clients}
+    return {"engine": engine, "quant": quant, "clients": clients}
 
 
-def test_the_faster_engine_depends_on_how_many_ask():
-    figures = {"cases": [case("torch", c1=10.0, c32=400.0), case("llama.cpp", c1=40.0, c32=150.0)]}
-    assert bench.fastest(figures, 1)[0] == "llama.cpp"
-    assert bench.fastest(figures, 24)[0] == "torch"
-    assert "400" in bench.fastest(figures, 32)[1] and "150" in bench.fastest(figures, 32)[1]
-    assert bench.fastest({"cases": figures["cases"][:1]}, 1) == ("torch", "nothing else was measured here")
+def test_the_faster_engine_depends_on_how_many_ask_and_on_the_file():
+    ours, q8, q4 = (
+        case("torch", "bfloat16", c1=10.0, c32=400.0),
+        case("llama.cpp", "q8_0", c1=40.0, c32=150.0),
+        case("llama.cpp", "q4_0", c1=60.0, c32=900.0),
+    )
+    figures = {"cases": [ours, q8, q4]}
+    assert bench.fastest(figures, "q8_0", 1)[0] == "llama.cpp"
+    name, why = bench.fastest(figures, "q8_0", 24)
+    assert name == "torch" and "400" in why and "150" in why and "32 at once" in why
+    assert bench.fastest(figures, "q4_0", 24)[0] == "llama.cpp"
+    assert bench.fastest({"cases": [ours]}, "q8_0", 1) is None
+    assert bench.fastest({"cases": [ours, q4]}, "q8_0", 1) is None  # what would answer was not measured
 
 
 def test_what_the_model_cannot_read_is_refused(tmp_path, capsys):

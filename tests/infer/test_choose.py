@@ -50,13 +50,15 @@ def test_what_was_measured_here_decides(file):
 
     def case(engine, alone, many):
         rows = [{**row, "tokens_per_cpu_second": rate} for row, rate in zip(clients, (alone, many), strict=True)]
-        return {"engine": engine, "clients": rows}
+        return {"engine": engine, "quant": "q8_0", "clients": rows}
 
     told = {"cases": [case("torch", 90.0, 100.0), case("llama.cpp", 40.0, 300.0)]}
     bench._keep(told, load.resolve("starter"))
     assert choose.choose("starter", "auto", 1).engine == "torch"
     many = choose.choose("starter", "auto", 32)
     assert many.engine == "llama.cpp" and "300" in many.reason
+    bench._keep({"cases": told["cases"][:1]}, load.resolve("starter"))  # torch alone says nothing of the other
+    assert choose.choose("starter", "auto", 1).engine == "llama.cpp"
 
 
 def test_no_such_engine():
@@ -95,6 +97,7 @@ def test_a_half_done_file_keeps_its_engine(file, tmp_path, capsys):
     ("flags", "told"),
     [
         (["--engine", "llama.cpp", "--dtype", "float32"], "--dtype"),
+        (["--engine", "llama.cpp", "--trust-remote-code"], "--trust-remote-code"),
         (["--engine", "torhc"], "Did you mean"),
     ],
 )
@@ -143,6 +146,13 @@ def test_an_address_is_heard_as_it_answers(server):
     with pytest.raises(TuneletError, match="did not answer"):
         server.script = lambda question, body: (500, "")
         list(engine.stream([Message("user", "count")], max_new_tokens=9))
+
+
+def test_a_chat_with_an_address_tells_its_tokens(server, tmp_path):
+    told = tmp_path / "told.json"
+    assert main(["chat", "--engine", server.url, "--prompt", "hello", "--json", str(told)]) == 0
+    found = json.loads(told.read_text(encoding="utf-8"))
+    assert (found["answer"], found["tokens"], found["finish"]) == ("HELLO", 3, "stop")
 
 
 def test_an_address_cannot_do_everything(server, tmp_path, capsys):

@@ -124,6 +124,7 @@ def test_auto_says_where_torch_was_measured_to_be_faster(tmp_path, monkeypatch):
     cases = [
         {
             "engine": name,
+            "quant": "q8_0",
             "clients": [{"clients": n, "tokens_per_cpu_second": of} for n, of in zip((1, 32), both, strict=True)],
         }
         for name, both in rows.items()

@@ -74,7 +74,7 @@ def chat(
 ) -> None:
     """Talk with a model. Answers come as they are made; the conversation is kept until /reset."""
     console = open_console(json_to)
-    name = choose_engine(engine, model, 1, adapter, device, dtype)
+    name = choose_engine(engine, model, 1, adapter, device, dtype, trust)
     opened = open_engine(
         model,
         device=device,
@@ -164,7 +164,7 @@ class _Session:
                 self.console.print(piece, end="", markup=False)
                 self.console.file.flush()
         except StopIteration as end:
-            self.finish, self.tokens = end.value.finish, len(end.value.ids)
+            self.finish, self.tokens = end.value.finish, end.value.tokens
         except KeyboardInterrupt:
             self.finish = "interrupted"
             if not sys.stdin.isatty():
@@ -255,7 +255,7 @@ def generate(
         "top_k": top_k,
         "seed": seed,
     }
-    name = choose_engine(engine, model, batch_size, adapter, device, dtype)
+    name = choose_engine(engine, model, batch_size, adapter, device, dtype, trust)
     settings = options | {"model": model, "system": system, "raw": raw, "template": template, "batch_size": batch_size}
     settings["engine"] = name  # one file of answers has one author
     if adapter:

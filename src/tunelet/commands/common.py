@@ -253,7 +253,13 @@ def open_engine(
     """A TorchEngine of a model, a run or adapter; with `adapters` an AdapterEngine. The tokenizer first: its mistakes
     show without loading weights. engine: as chosen (infer/choose.py); slots: of llama.cpp, requests at once."""
     if engine != "torch":
-        return _other_engine(engine, model, slots, template, {"--device": device, "--dtype": dtype})
+        return _other_engine(
+            engine,
+            model,
+            slots,
+            template,
+            {"--device": device, "--dtype": dtype, "--trust-remote-code": "on" if trust else "auto"},
+        )
     choice_of("--device", device, ("auto", "cpu", "cuda", "mps"))
     choice_of("--dtype", dtype, ("auto", "float32", "bfloat16"))
     if adapters:
@@ -290,6 +296,7 @@ def choose_engine(
     adapters: Sequence[str] | None,
     device: str,
     dtype: str,
+    trust: bool,
 ) -> str:
     """Which engine answers, as `open_engine` takes it; why is told. Raises TuneletError where what was asked for does
     not go together."""
@@ -305,7 +312,7 @@ def choose_engine(
     if adapters or model is None:
         choice_of("--engine", asked, ("auto", "torch"))  # several adapters on one base are torch's
         return "torch"
-    if asked == "auto" and (device, dtype) != ("auto", "auto"):
+    if asked == "auto" and (trust or (device, dtype) != ("auto", "auto")):  # what only torch has a use for
         return "torch"
     chosen = choose.choose(model, asked, at_once)
     if asked == "auto":  # on standard error: standard output may be the answer alone

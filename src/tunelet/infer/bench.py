@@ -185,16 +185,15 @@ def kept(model: str) -> dict[str, Any] | None:
         return None
 
 
-def fastest(told: Mapping[str, Any], clients: int) -> tuple[str, str]:
-    """(engine, why) for so many at once, of figures that `run` made."""
-
-    def rate(case: Mapping[str, Any]) -> float:
-        near = min(case["clients"], key=lambda row: abs(row["clients"] - clients))
-        return near["tokens_per_cpu_second"]
-
-    best = max(told["cases"], key=rate)
-    others = [case for case in told["cases"] if case["engine"] != best["engine"]]
-    if not others:
-        return best["engine"], "nothing else was measured here"
-    beside = max(map(rate, others))
-    return best["engine"], f"measured here: {rate(best):.0f} tokens a CPU second with {clients}, else {beside:.0f}"
+def fastest(told: Mapping[str, Any], quant: str, clients: int) -> tuple[str, str] | None:
+    """(engine, why) for so many at once, of figures that `run` made; None where torch and llama.cpp with files of
+    `quant` were not both measured."""
+    best: dict[str, tuple[float, int]] = {}
+    for case in told["cases"]:
+        if case["engine"] == "torch" or case["quant"] == quant:
+            near = min(case["clients"], key=lambda row: abs(row["clients"] - clients))
+            best[case["engine"]] = near["tokens_per_cpu_second"], near["clients"]
+    if len(best) < 2:
+        return None
+    (name, (rate, number)), (_, (beside, _)) = sorted(best.items(), key=lambda one: -one[1][0])
+    return name, f"measured here: {rate:.0f} tokens a CPU second with {number} at once, the other {beside:.0f}"

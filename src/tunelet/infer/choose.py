@@ -42,8 +42,8 @@ def choose(model: str, engine: str, at_once: int) -> Chosen:
     if gguf_export.there(model, QUANT) is None:
         return Chosen("torch", "llama.cpp has no file of it, which tunelet export --to gguf makes")
     measured = bench.kept(model)
-    if measured is not None:
-        return Chosen(*bench.fastest(measured, at_once))
+    if measured is not None and (found := bench.fastest(measured, QUANT, at_once)):
+        return Chosen(*found)
     if at_once == 1:
         return Chosen("llama.cpp", "its proved file is there, and has half the bytes to read for a token")
     return Chosen("torch", "nothing is measured for many at once, which tunelet bench does")

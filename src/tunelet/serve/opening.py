@@ -139,10 +139,9 @@ def _gguf(name: str, path: str, options: Options, tell: Callable[[str], None]) -
             raise
         return None, f" ({error.why or error.what})"
     measured = bench.kept(path) if options.engine == "auto" else None
-    if measured is not None:
-        fastest, why = bench.fastest(measured, options.slots)
-        if fastest == "torch":  # not taken by itself: it has no JSON schemas and no calls that are required
-            tell(f"{name}: --engine torch would be faster for {options.slots} at once ({why}); it has no JSON schemas")
+    found = bench.fastest(measured, options.quant, options.slots) if measured is not None else None
+    if found is not None and found[0] == "torch":  # not taken by itself: it has no schemas, no calls that are required
+        tell(f"{name}: --engine torch would be faster for {options.slots} at once ({found[1]}); it has no JSON schemas")
     return file, ""
 
 
