@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -188,3 +189,17 @@ def test_choosing_llama_cpp_loads_no_torch(file):
     code += "print(choose.choose('starter', 'auto', 1).engine, 'torch' in sys.modules)"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert told.stdout.split() == ["llama.cpp", "False"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["export starter --to gguf", "chat starter --engine llama.cpp --prompt x", "bench starter --engine llama.cpp"],
+)
+def test_without_the_extra_it_is_said_what_to_install(cache, tmp_path, monkeypatch, capsys, line):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "gguf" else find(name, *a))
+    monkeypatch.chdir(tmp_path)
+    assert main(line.split()) == 2
+    said = capsys.readouterr().err
+    assert "no package gguf" in said and 'pip install "tunelet[serve]"' in said
+    assert not list((tmp_path / "cache").rglob("*.gguf"))

@@ -7,6 +7,7 @@ checked there from the disk, and renamed.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -67,6 +68,16 @@ def _home(of: gguf_source.Source, quant: str, lora: bool) -> Path:
     return of.home() / (f"lora-{quant}" if lora else quant)
 
 
+def check_installed() -> None:
+    """Raises TuneletError where the extra is missing that writes these files and reads them."""
+    if missing := [name for name in ("gguf", "xllamacpp") if importlib.util.find_spec(name) is None]:
+        raise TuneletError(
+            "llama.cpp is not installed.",
+            why=f"there is no package {' and no '.join(missing)}, which are an extra",
+            fix='pip install "tunelet[serve]", or take the torch engine: --engine torch',
+        )
+
+
 def check_quant(quant: str) -> None:
     from tunelet.errors import did_you_mean
 
@@ -113,6 +124,7 @@ def export(
     from tunelet.infer import gguf_convert
 
     check_quant(quant)
+    check_installed()
     of, out = gguf_source.source(path), Path(out)
     if not replace:
         check_out(out)

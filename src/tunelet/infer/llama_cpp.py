@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tunelet.errors import TuneletError
+from tunelet.infer import gguf_export
 from tunelet.infer.gguf_bytes import TokenBytes
 from tunelet.infer.request import Emit, Piece, Request, Submitting, check_prompt
 from tunelet.infer.text import TextStream
@@ -54,7 +55,9 @@ class LlamaCppEngine(Submitting):
         adapters: Mapping[str, Path] | None = None,
         cache_mb: float = 0,
     ):
-        xllamacpp = _wheel()
+        gguf_export.check_installed()
+        import xllamacpp
+
         facts = about(file)
         self._length = context or int(facts["context_length"])
         if cache_mb:
@@ -257,18 +260,6 @@ class _Run:
 def _logprobs(told: Mapping[str, Any], most: int | None) -> tuple[float, list[tuple[int, float]]]:
     top = [(one["id"], one["logprob"]) for one in told.get("top_logprobs", [])]
     return told["logprob"], top[:most]
-
-
-def _wheel() -> Any:
-    try:
-        import xllamacpp
-    except ImportError as error:
-        raise TuneletError(
-            "llama.cpp is not installed.",
-            why=str(error),
-            fix='pip install "tunelet[serve]", or take the torch engine: --engine torch',
-        ) from error
-    return xllamacpp
 
 
 def _adapter(xllamacpp: Any, path: Path) -> Any:
